@@ -1,0 +1,233 @@
+"""The symbolic-KV decoder: pre-LayerNorm, causal, with the unembedding tied to the token embedding.
+
+Axes: `batch`, `position`, `layer`, `head`, `d_model`, `d_head`, `neuron`, `vocabulary`.
+Source: symbolic-KV definitions, B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """What to change inside one forward pass. A mask multiplies, so 1 keeps and 0 removes."""
+
+    head_mask: Tensor | None = None
+    """`Float[layer, head]`, on a head's output before the output projection."""
+    mlp_mask: Tensor | None = None
+    """`Float[layer]`, on the output of a layer's MLP."""
+    neuron_mask: Tensor | None = None
+    """`Float[layer, neuron]`, on the activations after the GELU."""
+    residual_patches: Mapping[str, Tensor] = field(default_factory=dict)
+    """Stage name to the `Float[batch, position, d_model]` that takes the stage's place."""
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """Logits of a forward pass, and what was asked for on the way."""
+
+    logits: Tensor
+    """`Float[batch, position, vocabulary]`."""
+    stages: dict[str, Tensor]
+    """Stage name to `Float[batch, position, d_model]`, after any patch; empty unless asked for."""
+    attention: Tensor | None
+    """Probabilities `Float[layer, batch, head, query, key]`, or None unless asked for."""
+
+
+NO_INTERVENTIONS = Interventions()
+
+
+def residual_stages(n_layers: int) -> tuple[str, ...]:
+    """Names of the residual stages, in forward order."""
+    layers = [f"layer_{layer}_post_{part}" for layer in range(n_layers) for part in ("attn", "mlp")]
+    return ("embedding", *layers, "final_norm")
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention with biases; head `h` owns rows `h*d_head` to `(h+1)*d_head` of q, k and v."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(
+        self,
+        x: Tensor,
+        allowed: Tensor | None,
+        head_mask: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output `Float[batch, position, d_model]`, and the probabilities if asked for.
+
+        `allowed` is `Bool[batch, 1, query, key]`, or None for plain causal attention. Returned probabilities
+        or a head mask take an explicit softmax, all else the fused kernel; they agree up to rounding.
+        """
+        query, key, value = (self._split(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        dropout = self.dropout if self.training else 0.0
+        probabilities = None
+        if return_attention or head_mask is not None:
+            scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+            visible = causal_mask(x.shape[1], x.device) if allowed is None else allowed
+            probabilities = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+            heads = functional.dropout(probabilities, dropout) @ value
+        else:
+            heads = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None
+            )
+        if head_mask is not None:
+            heads = heads * head_mask[:, None, None]
+        return self.out_proj(heads.transpose(1, 2).flatten(2)), probabilities
+
+    def _split(self, projected: Tensor) -> Tensor:
+        batch, length, width = projected.shape
+        return projected.view(batch, length, self.n_heads, width // self.n_heads).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """`W_out GELU(W_in x + b_in) + b_out`, with the exact (erf) GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(config.d_model, config.d_ff)
+        self.fc_out = nn.Linear(config.d_ff, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, neuron_mask: Tensor | None = None) -> Tensor:
+        """Output `Float[batch, position, d_model]`; `neuron_mask` is `Float[neuron]`."""
+        activations = functional.gelu(self.fc_in(x))
+        if neuron_mask is not None:
+            activations = activations * neuron_mask
+        written: Tensor = self.dropout(self.fc_out(activations))
+        return written
+
+
+class DecoderBlock(nn.Module):
+    """One layer: attention, then MLP, each reading a LayerNorm of the residual stream and adding to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model)
+        self.ff = FeedForward(config)
+
+
+class SymbolicKVDecoder(nn.Module):
+    """The decoder of the symbolic-KV runs.
+
+    Initialization is the framework's, in construction order (token embedding, position embedding, each
+    layer's q, k, v, out, fc_in, fc_out, and an output matrix that tying discards), so that one seed gives
+    one model. `embedding_std` only scales what was drawn.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.token_embedding = nn.Embedding(vocabulary_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.d_model)
+        self.lm_head = nn.Linear(config.d_model, vocabulary_size, bias=False)
+        self.lm_head.weight = self.token_embedding.weight
+        if config.embedding_std != 1.0:
+            with torch.no_grad():
+                self.token_embedding.weight.mul_(config.embedding_std)
+                self.position_embedding.weight.mul_(config.embedding_std)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the residual stages, in forward order."""
+        return residual_stages(self.config.n_layers)
+
+    def forward(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits `Float[batch, position, vocabulary]` of `Int[batch, position]` tokens.
+
+        `attention_mask` (`Bool[batch, position]`) hides the keys where it is false; None hides none. Raises
+        `ValueError` for a stream longer than `max_seq_len`.
+        """
+        return self.run(token_ids, attention_mask).logits
+
+    def run(
+        self,
+        token_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        interventions: Interventions = NO_INTERVENTIONS,
+        return_stages: bool = False,
+        return_attention: bool = False,
+    ) -> DecoderOutput:
+        """Forward pass with interventions, keeping the residual stages or the attention if asked.
+
+        Raises `ValueError` for a stream longer than `max_seq_len` and for a patch of an unknown stage.
+        """
+        self._check(token_ids.shape[-1], interventions.residual_patches)
+        stages: dict[str, Tensor] = {}
+        attention: list[Tensor] = []
+
+        def at(stage: str, x: Tensor) -> Tensor:
+            x = interventions.residual_patches.get(stage, x)
+            if return_stages:
+                stages[stage] = x
+            return x
+
+        allowed = _allowed_keys(token_ids.shape[-1], attention_mask)
+        positions = self.position_embedding.weight[: token_ids.shape[-1]]
+        x = at("embedding", self.embedding_dropout(self.token_embedding(token_ids) + positions))
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, DecoderBlock)
+            write, probabilities = block.attn(
+                block.ln_1(x), allowed, _layer(interventions.head_mask, layer), return_attention
+            )
+            if return_attention:
+                attention.append(probabilities)
+            x = at(f"layer_{layer}_post_attn", x + write)
+            write = block.ff(block.ln_2(x), _layer(interventions.neuron_mask, layer))
+            if interventions.mlp_mask is not None:
+                write = write * interventions.mlp_mask[layer]
+            x = at(f"layer_{layer}_post_mlp", x + write)
+        x = at("final_norm", self.final_norm(x))
+        return DecoderOutput(self.lm_head(x), stages, torch.stack(attention) if attention else None)
+
+    def lens(self, stage: str, x: Tensor) -> Tensor:
+        """Logits read off a stage: final LayerNorm (already applied at `final_norm`), then unembedding."""
+        if stage not in self.stages:
+            raise ValueError(f"no residual stage {stage!r}; stages: {', '.join(self.stages)}")
+        logits: Tensor = self.lm_head(x if stage == "final_norm" else self.final_norm(x))
+        return logits
+
+    def _check(self, length: int, patched: Iterable[str]) -> None:
+        if length > self.config.max_seq_len:
+            raise ValueError(f"a stream of {length} tokens exceeds max_seq_len {self.config.max_seq_len}")
+        for stage in patched:
+            if stage not in self.stages:
+                raise ValueError(f"no residual stage {stage!r}; stages: {', '.join(self.stages)}")
+
+
+def causal_mask(length: int, device: torch.device | str) -> Tensor:
+    """`Bool[query, key]`, true where the key is not after the query."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def _allowed_keys(length: int, attention_mask: Tensor | None) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    return causal_mask(length, attention_mask.device) & attention_mask.bool()[:, None, None, :]
+
+
+def _layer(mask: Tensor | None, layer: int) -> Tensor | None:
+    return None if mask is None else mask[layer]
