@@ -1,0 +1,157 @@
+"""Tensors as Zarr v3 chunks: how the lake lays arrays out, and a fast path for their bytes.
+
+Arrays are plain Zarr v3 (bytes, blosc zstd with bit shuffle, crc32c), created and documented through zarr-python, and
+any Zarr reader opens them. Chunks are encoded and decoded here with the same numcodecs calls zarr makes, for two
+reasons: the receipt needs the checksum of the very bytes that were written, and zarr's per-chunk scheduling costs a
+millisecond where the work costs a tenth (tests/benchmarks/bench_tensors.py holds the comparison). A test reads every layout back
+through zarr, and the other way round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.blosc import SHUFFLE, Blosc
+
+from .errors import CorruptFile
+
+_BITSHUFFLE = 2
+assert _BITSHUFFLE != SHUFFLE
+_BLOSC = Blosc(cname="zstd", clevel=1, shuffle=_BITSHUFFLE)
+# A chunk near this size costs little to open and little to overread.
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape of one row (one step) of an array, and how rows and cells are cut into chunks."""
+
+    row_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_rows: int
+    chunk_cells: tuple[int, ...]
+
+    def grid(self) -> tuple[int, ...]:
+        """Number of chunks along each axis of a row."""
+        return tuple(
+            math.ceil(size / chunk) for size, chunk in zip(self.row_shape, self.chunk_cells, strict=True)
+        )
+
+    def keys(self, row_chunk: int) -> list[tuple[str, tuple[slice, ...]]]:
+        """Zarr keys of one block of rows, with the cells each covers."""
+        found = []
+        for index in np.ndindex(*self.grid()):
+            cells = tuple(
+                slice(i * chunk, min((i + 1) * chunk, size))
+                for i, chunk, size in zip(index, self.chunk_cells, self.row_shape, strict=True)
+            )
+            found.append(("/".join(["c", str(row_chunk), *map(str, index)]), cells))
+        return found
+
+
+def choose_layout(row_shape: Sequence[int], dtype: Any, block_rows: int) -> Layout:
+    """Chunks of about 4 MiB whose rows divide `block_rows`; a row larger than that is cut along its first axis.
+
+    `block_rows` must be a power of two, so that every chunk lies in one unit's block.
+    """
+    shape, kind = tuple(int(size) for size in row_shape), np.dtype(dtype)
+    row_bytes = max(1, math.prod(shape)) * kind.itemsize
+    rows = block_rows
+    while rows > 1 and rows * row_bytes > _CHUNK_BYTES:
+        rows //= 2
+    cells = tuple(max(1, size) for size in shape)
+    if rows == 1 and row_bytes > 4 * _CHUNK_BYTES and cells:
+        cells = (max(1, math.ceil(cells[0] * _CHUNK_BYTES / row_bytes)), *cells[1:])
+    return Layout(shape, kind, rows, cells)
+
+
+def fill_value(dtype: Any) -> float | int:
+    """What a row that holds no step reads as: NaN, or 0 for integers."""
+    return float("nan") if np.issubdtype(dtype, np.floating) else 0
+
+
+def encode(array: np.ndarray[Any, Any]) -> bytes:
+    """Bytes of one chunk, exactly as zarr's codec chain would write them."""
+    contiguous = np.ascontiguousarray(array)
+    data = bytes(_BLOSC.encode(contiguous.reshape(-1)))
+    return data + struct.pack("<I", google_crc32c.value(data))
+
+
+def decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
+    """The chunk's cells; raises CorruptFile naming `name` when the checksum or the size is wrong."""
+    body, checksum = data[:-4], data[-4:]
+    if len(data) < 20 or struct.pack("<I", google_crc32c.value(body)) != checksum:
+        raise CorruptFile(
+            f"{name} is damaged (checksum of its chunk does not match): run `lakebed verify` to list every damaged file"
+        )
+    out = np.empty(shape, dtype)
+    try:
+        _BLOSC.decode(body, out.reshape(-1))
+    except (RuntimeError, ValueError) as error:
+        raise CorruptFile(f"{name} cannot be decoded ({error}): run `lakebed verify`") from error
+    return out
+
+
+def array_metadata(
+    layout: Layout, rows: int, dimension_names: Sequence[str], attributes: Mapping[str, Any], fill_value: Any
+) -> bytes:
+    """The `zarr.json` of an array, made by zarr-python itself."""
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.metadata.v3 import ArrayV3Metadata
+    from zarr.dtype import parse_dtype
+
+    metadata = ArrayV3Metadata(
+        shape=(rows, *layout.row_shape),
+        data_type=parse_dtype(layout.dtype, zarr_format=3),
+        chunk_grid={
+            "name": "regular",
+            "configuration": {"chunk_shape": (layout.chunk_rows, *layout.chunk_cells)},
+        },
+        chunk_key_encoding={"name": "default", "configuration": {"separator": "/"}},
+        fill_value=fill_value,
+        codecs=(
+            BytesCodec(),
+            BloscCodec(
+                typesize=layout.dtype.itemsize, cname="zstd", clevel=1, shuffle="bitshuffle", blocksize=0
+            ),
+            Crc32cCodec(),
+        ),
+        attributes=dict(attributes),
+        dimension_names=tuple(dimension_names),
+    )
+    return metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
+
+
+def group_metadata(attributes: Mapping[str, Any]) -> bytes:
+    """The `zarr.json` of a group."""
+    return json.dumps(
+        {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}, indent=2, sort_keys=True
+    ).encode()
+
+
+def with_rows(metadata: bytes, rows: int) -> bytes:
+    """The same array metadata with another length of the step axis."""
+    value = json.loads(metadata)
+    value["shape"][0] = rows
+    return json.dumps(value, indent=2).encode()
+
+
+def layout_of(metadata: bytes, key: str) -> tuple[Layout, dict[str, Any]]:
+    """Layout and attributes read back from an array's `zarr.json`."""
+    try:
+        value = json.loads(metadata)
+        shape, chunks = value["shape"], value["chunk_grid"]["configuration"]["chunk_shape"]
+        layout = Layout(tuple(shape[1:]), np.dtype(value["data_type"]), chunks[0], tuple(chunks[1:]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(
+            f"{key}/zarr.json is damaged ({type(error).__name__}): run `lakebed catalog` to write it again"
+        ) from error
+    return layout, value.get("attributes", {})

@@ -1,0 +1,300 @@
+"""`Lake`: a folder or a bucket that holds runs, as tables and tensors."""
+
+from __future__ import annotations
+
+import datetime
+import html
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from . import codec
+from .axis import claim_rows
+from .errors import CorruptFile, InputMismatch, LakeExists, LakeNotFound, NewerFormat, UnknownName
+from .names import check_run_name, encode_name, spec_id
+from .receipts import FOLDER, FileEntry, Receipt, ReceiptIndex, Unit
+from .schema import FORMAT_VERSION, QUANTITIES, TABLES
+from .steps import summarize_steps
+from .storage import Storage
+from .tensors import AxisIndex, Tensor
+from .units import UnitWriter, mismatch_message
+
+if TYPE_CHECKING:
+    import duckdb
+    import polars as pl
+
+    from .session import Session
+
+_MARKER = "lakebed.json"
+
+
+class Lake:
+    """A lake, opened. Use `Lake.open`, `Lake.create` or `Lake.open_or_create`.
+
+    >>> lake = Lake.open("demo.lake")                                            # doctest: +SKIP
+    >>> lake.sql("select run, max(step) from steps group by run").pl()           # doctest: +SKIP
+    >>> lake.tensor("gradients", "blocks.1.attn.q_proj.weight", "demo").read([100, 101])   # doctest: +SKIP
+    """
+
+    def __init__(self, storage: Storage, marker: Mapping[str, Any]) -> None:
+        self.storage = storage
+        self.id = str(marker["id"])
+        self.format = int(marker["format"])
+        self.receipts = ReceiptIndex(storage)
+        self.chunks_read = 0
+        self._layouts: dict[str, codec.Layout] = {}
+        self._axes: tuple[int, AxisIndex] | None = None
+        self._session: Session | None = None
+
+    @classmethod
+    def open(cls, uri: str | os.PathLike[str], **options: Any) -> Lake:
+        """Opens an existing lake; `options` go to fsspec. Raises LakeNotFound, NewerFormat or CorruptFile."""
+        storage = Storage(uri, **options)
+        try:
+            marker = json.loads(storage.read(_MARKER))
+            version = int(marker["format"])
+            str(marker["id"])
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise LakeNotFound(
+                f"no lake at {storage.uri}: make one with `lakebed demo --lake {storage.uri}`, `lakebed train` or "
+                "`lakebed import`, or check the path"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFile(
+                f"{storage.uri}/{_MARKER} is damaged: it must hold JSON with format and id"
+            ) from error
+        if version > FORMAT_VERSION:
+            raise NewerFormat(
+                f"{storage.uri} has lake format {version}; lakebed {__version__} reads up to {FORMAT_VERSION}: "
+                "install a newer lakebed (`pip install -U lakebed`)"
+            )
+        return cls(storage, marker)
+
+    @classmethod
+    def create(cls, uri: str | os.PathLike[str], **options: Any) -> Lake:
+        """Makes a new, empty lake; raises LakeExists when anything stands there already."""
+        storage = Storage(uri, **options)
+        if storage.names(""):
+            raise LakeExists(f"{storage.uri} exists and is not empty: name a new folder for the lake")
+        marker = {
+            "format": FORMAT_VERSION,
+            "id": uuid.uuid4().hex,
+            "created_by": f"lakebed {__version__}",
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        storage.create(_MARKER, json.dumps(marker, indent=2, sort_keys=True).encode())
+        return cls.open(uri, **options)
+
+    @classmethod
+    def open_or_create(cls, uri: str | os.PathLike[str], **options: Any) -> Lake:
+        """Opens the lake, or makes it when the place is empty."""
+        storage = Storage(uri, **options)
+        if storage.exists(_MARKER):
+            return cls.open(uri, **options)
+        return cls.create(uri, **options)
+
+    @property
+    def uri(self) -> str:
+        """Where the lake lies, as it was opened."""
+        return self.storage.uri
+
+    # -- what exists -------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Takes in what was committed since, by this process or another."""
+        self.receipts.refresh()
+
+    def runs(self) -> list[str]:
+        """Names of the runs."""
+        self.receipts.refresh()
+        return sorted({receipt.run for receipt in self.receipts.all()})
+
+    def require_run(self, run: str) -> None:
+        """Raises UnknownName, listing the runs there are, unless `run` is one."""
+        found = self.runs()
+        if run not in found:
+            raise UnknownName(f"no run {run!r} in {self.uri}; it has {', '.join(found) or 'no runs yet'}")
+
+    def find_receipt(self, unit: Unit) -> Receipt | None:
+        """The receipt of this unit; raises InputMismatch if one stands that was made from other inputs."""
+        receipt = self.receipts.get(unit.run, unit.name)
+        if receipt is not None and receipt.content_hash != unit.content_hash:
+            raise InputMismatch(mismatch_message(unit, receipt))
+        return receipt
+
+    def dataset_steps(self, run: str, dataset: str, parameters: Mapping[str, Any] | None = None) -> list[int]:
+        """Steps a dataset was made for, ascending, over every unit of it with these parameters."""
+        spec = spec_id(parameters or {})
+        receipts = self.receipts.all(run, dataset)
+        return sorted({step for receipt in receipts if receipt.spec == spec for step in receipt.steps})
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def unit(self, unit: Unit) -> UnitWriter:
+        """A context manager that writes one unit of work; see UnitWriter."""
+        check_run_name(unit.run)
+        return UnitWriter(self, unit)
+
+    def claim_rows(self, run: str, quantity: str, count: int, block_rows: int) -> int:
+        """Reserves rows of a quantity's step axis for one writer; returns the first, a multiple of `block_rows`."""
+        return claim_rows(self.storage, run, quantity, count, block_rows)
+
+    # -- tables ------------------------------------------------------------------------------------------------
+
+    def table_files(self, name: str, run: str | None = None) -> list[FileEntry]:
+        """Parquet files of a table that receipts name; the receipts themselves for `extractions`."""
+        if name not in TABLES:
+            raise UnknownName(f"no table {name!r}; there are {', '.join(sorted(TABLES))}")
+        receipts = self.receipts.all(run)
+        if name == "extractions":
+            return [FileEntry(receipt.key, -1, -1) for receipt in receipts]
+        prefix = f"tables/{name}/"
+        return [entry for receipt in receipts for entry in receipt.files if entry.path.startswith(prefix)]
+
+    def table(self, name: str, run: str | None = None) -> pl.LazyFrame:
+        """A Polars lazy frame over a table (or a tensor's SQL view, e.g. "gradients"), of one run or of all."""
+        import polars as pl
+
+        self.refresh()
+        views = {quantity.view: quantity.name for quantity in QUANTITIES.values()}
+        if name in views:
+            from .sources import tensor_source
+
+            source = tensor_source(self, views[name], name)
+            return source if run is None else source.filter(pl.col("run") == run)
+        files = self.table_files(name, run)
+        if not files:
+            empty = pl.from_arrow(TABLES[name].arrow_schema().empty_table())
+            assert isinstance(empty, pl.DataFrame)
+            return empty.lazy().with_columns(run=pl.lit(None, pl.String))
+        if name != "extractions":
+            self.session.check(files)
+        paths = [self.storage.path(entry.path) for entry in files]
+        return pl.scan_parquet(paths, hive_partitioning=True, hive_schema={"run": pl.String}, glob=False)
+
+    @property
+    def session(self) -> Session:
+        """The lake's DuckDB session, made on first use."""
+        if self._session is None:
+            from .session import Session
+
+            self._session = Session(self)
+        return self._session
+
+    def sql(
+        self, query: str, parameters: Mapping[str, Any] | list[Any] | None = None
+    ) -> duckdb.DuckDBPyRelation:
+        """A DuckDB relation; `.pl()`, `.fetchall()`, `.show()`. Raises QueryError."""
+        return self.session.relation(query, parameters)
+
+    # -- tensors -----------------------------------------------------------------------------------------------
+
+    @property
+    def axes(self) -> AxisIndex:
+        """Step axes of every array, up to the receipts read so far."""
+        receipts = self.receipts.all()
+        if self._axes is None or self._axes[0] != len(receipts):
+            self._axes = (len(receipts), AxisIndex(receipts))
+        return self._axes[1]
+
+    def array_layout(self, run: str, quantity: str, name: str) -> codec.Layout | None:
+        """Layout of an array, or None if it does not exist yet."""
+        folder = f"tensors/{run}/{quantity}/{encode_name(name)}"
+        if folder not in self._layouts:
+            try:
+                metadata = self.storage.read(f"{folder}/zarr.json")
+            except FileNotFoundError:
+                return None
+            self._layouts[folder] = codec.layout_of(metadata, folder)[0]
+        return self._layouts[folder]
+
+    def tensor(self, quantity: str, parameter: str, run: str | None = None) -> Tensor:
+        """One array: `.steps`, `.shape`, `.read(steps)`. `run` may be left out when the lake has one run.
+
+        Raises UnknownName, listing what exists, for a run, quantity or parameter the lake does not hold.
+        """
+        if run is None:
+            runs = self.runs()
+            if len(runs) != 1:
+                raise UnknownName(f"which run? {self.uri} has {', '.join(runs) or 'no runs yet'}")
+            run = runs[0]
+        axis = self.axes.axis(run, quantity, parameter)
+        if not len(axis.steps):
+            self.require_run(run)
+            axis = self.axes.axis(run, quantity, parameter)
+        if not len(axis.steps):
+            names = self.axes.names(run, quantity)
+            held = sorted(of for name, of in self.axes.quantities() if name == run)
+            if not names:
+                raise UnknownName(
+                    f"run {run!r} holds no {quantity}; it holds {', '.join(held) or 'no tensors'}"
+                )
+            raise UnknownName(f"run {run!r} holds no {quantity} {parameter!r}; it has {_shortened(names)}")
+        return Tensor(self, run, quantity, parameter, axis)
+
+    # -- closing and looking -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Closes the SQL session, if one was opened."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __enter__(self) -> Lake:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per run: its datasets with their steps, and bytes."""
+        self.refresh()
+        rows = []
+        for run in sorted({receipt.run for receipt in self.receipts.all()}):
+            receipts = self.receipts.all(run)
+            steps: dict[str, set[int]] = {}
+            for receipt in receipts:
+                steps.setdefault(receipt.dataset, set()).update(receipt.steps)
+            rows.append(
+                {
+                    "run": run,
+                    "datasets": {
+                        name: summarize_steps(sorted(of)) for name, of in sorted(steps.items()) if of
+                    },
+                    "units": len(receipts),
+                    "rows": sum(receipt.rows for receipt in receipts),
+                    "bytes": sum(receipt.bytes for receipt in receipts),
+                }
+            )
+        return rows
+
+    def __repr__(self) -> str:
+        lines = [f"<Lake {self.uri} (format {self.format})>"]
+        for row in self.summary():
+            held = "; ".join(f"{name} {steps}" for name, steps in row["datasets"].items())
+            lines.append(f"  run {row['run']}: {held} ({row['bytes'] / 1e6:,.1f} MB, {row['rows']:,} rows)")
+        return "\n".join(lines if len(lines) > 1 else [*lines, "  no runs yet"])
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{html.escape(row['run'])}</td><td>{html.escape(name)}</td><td>{html.escape(steps)}</td>"
+            f"<td style='text-align:right'>{row['bytes'] / 1e6:,.1f} MB</td></tr>"
+            for row in self.summary()
+            for name, steps in row["datasets"].items()
+        )
+        head = "<tr><th>run</th><th>dataset</th><th>steps</th><th>run size</th></tr>"
+        return f"<b>lake {html.escape(self.uri)}</b><table>{head}{cells}</table>"
+
+
+def _shortened(names: Iterable[str], limit: int = 12) -> str:
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (f" … ({len(listed)} in all)" if len(listed) > limit else "")
+
+
+__all__ = ["FOLDER", "Lake"]

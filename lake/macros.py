@@ -1,0 +1,28 @@
+"""Arithmetic that several reports share, as SQL macros; they are in every session and in `views.sql`."""
+
+from __future__ import annotations
+
+MACROS: dict[str, tuple[str, str]] = {
+    "squared_norm(v)": (
+        "sum of squares of a list, in double precision",
+        "list_dot_product(v::DOUBLE[], v::DOUBLE[])",
+    ),
+    "abs_cosine(a, b)": (
+        "|cos| of two lists, at most 1; null when either is zero",
+        "least(1.0, abs(list_dot_product(a::DOUBLE[], b::DOUBLE[])) "
+        "/ nullif(sqrt(squared_norm(a)) * sqrt(squared_norm(b)), 0))",
+    ),
+    "effective_rank(total, total_of_squares)": (
+        "participation ratio of a spectrum, (Σσ)² / Σσ²; not the entropy one",
+        "total * total / nullif(total_of_squares, 0)",
+    ),
+    "matrix_label(layer, head, matrix)": (
+        "L2H1 W_QK, or L0 W_in for a matrix without heads",
+        "format('L{}{} {}', layer, coalesce(format('H{}', head), ''), matrix)",
+    ),
+}
+
+
+def create_macros() -> list[str]:
+    """The CREATE MACRO statements."""
+    return [f"CREATE OR REPLACE TEMP MACRO {signature} AS {body}" for signature, (_, body) in MACROS.items()]

@@ -1,0 +1,168 @@
+"""The DuckDB session of a lake: every table, every tensor quantity and the shared macros, ready for SQL."""
+
+from __future__ import annotations
+
+import atexit
+import re
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import google_crc32c
+
+from .errors import CorruptFile, QueryError, UnknownName
+from .macros import create_macros
+from .receipts import FileEntry
+from .schema import QUANTITIES, TABLES, VIEWS
+
+if TYPE_CHECKING:
+    from .lake import Lake
+
+_OPEN: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+class Session:
+    """One in-memory DuckDB connection whose views show what the receipts name, no more.
+
+    Views are made when a query first names them, and again when new receipts have come.
+    """
+
+    def __init__(self, lake: Lake) -> None:
+        self._lake = lake
+        self.connection = duckdb.connect(":memory:")
+        if not lake.storage.local:
+            self.connection.register_filesystem(lake.storage.fs)
+        for statement in create_macros():
+            self.connection.execute(statement)
+        self._made: dict[str, Any] = {}
+        self._checked: set[str] = set()
+        _OPEN.add(self)
+
+    def execute(
+        self, query: str, parameters: Mapping[str, Any] | list[Any] | None = None
+    ) -> duckdb.DuckDBPyConnection:
+        """Runs SQL; raises QueryError with DuckDB's message and, for an unknown table, the ones there are."""
+        try:
+            self.prepare(self._named(query))
+            return (
+                self.connection.execute(query, parameters) if parameters else self.connection.execute(query)
+            )
+        except duckdb.Error as error:
+            raise QueryError(self._explain(str(error))) from error
+
+    def relation(
+        self, query: str, parameters: Mapping[str, Any] | list[Any] | None = None
+    ) -> duckdb.DuckDBPyRelation:
+        """A lazy relation over the session."""
+        try:
+            self.prepare(self._named(query))
+            return self.connection.sql(query, params=parameters)
+        except duckdb.Error as error:
+            raise QueryError(self._explain(str(error))) from error
+
+    def _named(self, query: str) -> set[str]:
+        try:
+            return {name.split(".")[-1] for name in self.connection.get_table_names(query)}
+        except duckdb.Error:
+            # SUMMARIZE, DESCRIBE, SHOW and the like: look for the words instead.
+            return set(re.findall(r"\w+", query))
+
+    def prepare(self, names: Iterable[str] | None = None) -> None:
+        """Makes the views named (default: all) that are not there yet, or not up to date."""
+        self._lake.refresh()
+        everything = {*TABLES, *VIEWS, *(quantity.view for quantity in QUANTITIES.values())}
+        wanted = everything if names is None else set(names) & everything
+        if wanted & VIEWS.keys():
+            wanted |= {"extractions"}
+        for name in sorted(wanted & TABLES.keys()):
+            self._make_table(name)
+        for quantity in QUANTITIES.values():
+            if quantity.view in wanted:
+                self._make_tensor(quantity.name, quantity.view)
+        for name in sorted(wanted & VIEWS.keys()):
+            self.connection.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {VIEWS[name][1]}")
+
+    def _make_table(self, name: str) -> None:
+        files = self._lake.table_files(name)
+        if self._made.get(name) == len(files) and name in self._made:
+            return
+        self.check(files)
+        paths = [self._lake.storage.path(entry.path) for entry in files]
+        self.connection.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {select_from(name, paths)}")
+        self._made[name] = len(files)
+
+    def _make_tensor(self, quantity: str, view: str) -> None:
+        if view in self._made:
+            return
+        from .sources import tensor_source
+
+        self.connection.register(view, tensor_source(self._lake, quantity, view))
+        self._made[view] = True
+
+    def check(self, files: Iterable[FileEntry]) -> None:
+        """Compares files on a local disk with their receipts, once per session; raises CorruptFile.
+
+        An object store keeps checksums itself; there only `lakebed verify` reads everything.
+        """
+        if not self._lake.storage.local:
+            return
+        for entry in files:
+            # A receipt is its own witness: its pages carry checksums, and no other receipt names it.
+            if entry.bytes >= 0 and entry.path not in self._checked:
+                check_file(self._lake, entry)
+                self._checked.add(entry.path)
+
+    def _explain(self, message: str) -> str:
+        line = " ".join(message.split())
+        for known in (CorruptFile, UnknownName):
+            found = re.search(rf"{known.__name__}: (.*)", line)
+            if found:
+                return found.group(1)
+        if "Catalog Error: Table with name" in line:
+            views = sorted({*TABLES, *VIEWS, *(quantity.view for quantity in QUANTITIES.values())})
+            line = f"{line.split('! ')[0].split(' LINE ')[0]}; the lake has {', '.join(views)}"
+        return line
+
+    def close(self) -> None:
+        """Closes the connection; DuckDB's bindings want that before the interpreter exits."""
+        self.connection.close()
+        _OPEN.discard(self)
+
+
+@atexit.register
+def _close_all() -> None:
+    for session in list(_OPEN):
+        session.close()
+
+
+def check_file(lake: Lake, entry: FileEntry) -> None:
+    """Raises CorruptFile unless the file has the length and checksum of its receipt."""
+    try:
+        data = lake.storage.read(entry.path)
+    except FileNotFoundError as error:
+        raise CorruptFile(
+            f"{entry.path} is missing: run `lakebed verify` to list every damaged file"
+        ) from error
+    if len(data) != entry.bytes:
+        raise CorruptFile(
+            f"{entry.path} is damaged ({len(data):,} bytes, its receipt says {entry.bytes:,}): run `lakebed verify`"
+        )
+    if google_crc32c.value(data) != entry.crc32c:
+        raise CorruptFile(
+            f"{entry.path} is damaged (its checksum is not the receipt's): run `lakebed verify`"
+        )
+
+
+def select_from(name: str, paths: list[str]) -> str:
+    """SQL that reads a table from its files; typed and empty if there are none."""
+    columns = TABLES[name].columns
+    if not paths:
+        empty = ", ".join(f'NULL::{column.type} AS "{column.name}"' for column in columns)
+        return f"SELECT NULL::VARCHAR AS run, {empty} WHERE false"
+    listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+    stored = ", ".join(f'"{column.name}"' for column in columns)
+    return (
+        f"SELECT run, {stored} FROM read_parquet([{listed}], hive_partitioning = true, "
+        "hive_types = {'run': VARCHAR}, hive_types_autocast = false)"
+    )

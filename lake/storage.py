@@ -1,0 +1,144 @@
+"""Bytes in and out of a lake, wherever it lies. Nothing outside this module knows a path from a URI.
+
+Three promises the rest of the lake stands on: `write` is atomic (a reader sees the old bytes, the new bytes or
+nothing), `create` succeeds for exactly one of many callers, and a missing key is `FileNotFoundError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from .errors import LakeNotFound, StorageFull
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Storage:
+    """A folder on a file system that fsspec knows."""
+
+    def __init__(self, uri: str | os.PathLike[str], **options: Any) -> None:
+        self.uri = os.fspath(uri).rstrip("/") or "/"
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.uri, **options)
+        except (ImportError, ValueError) as error:
+            raise LakeNotFound(f"cannot open {self.uri}: {error}") from error
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, key: str) -> str:
+        """The path of `key` as DuckDB, Polars and pyarrow take it."""
+        full = f"{self.root}/{key}" if key else self.root
+        return full if self.local else str(self.fs.unstrip_protocol(full))
+
+    def read(self, key: str) -> bytes:
+        """All bytes of `key`."""
+        if self.local:
+            with open(f"{self.root}/{key}", "rb") as file:
+                return file.read()
+        data = self.fs.cat_file(f"{self.root}/{key}")
+        return bytes(data)
+
+    def write(self, key: str, data: bytes) -> None:
+        """Puts `data` under `key`, replacing what was there, atomically."""
+        if not self.local:
+            self.fs.pipe_file(f"{self.root}/{key}", data)
+            return
+        temporary = self._write_temporary(key, data)
+        os.replace(temporary, f"{self.root}/{key}")
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Puts `data` under `key` unless something is there; says whether this call did."""
+        if not self.local:
+            try:
+                self.fs.pipe_file(f"{self.root}/{key}", data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        temporary = self._write_temporary(key, data)
+        try:
+            os.link(temporary, f"{self.root}/{key}")
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+
+    def _write_temporary(self, key: str, data: bytes) -> str:
+        target = f"{self.root}/{key}"
+        folder, name = os.path.split(target)
+        temporary = f"{folder}/.{name[:60]}.{uuid.uuid4().hex[:8]}.tmp"
+        for attempt in (1, 2):
+            try:
+                with open(temporary, "wb", buffering=0) as file:
+                    view = memoryview(data)
+                    while view:
+                        view = view[file.write(view) :]
+                return temporary
+            except FileNotFoundError:
+                if attempt == 2:
+                    raise
+                os.makedirs(folder, exist_ok=True)
+            except OSError as error:
+                if os.path.exists(temporary):
+                    os.unlink(temporary)
+                if error.errno in _FULL:
+                    raise StorageFull(
+                        f"no space left while writing {key} ({len(data):,} bytes) to {self.uri}: free some space and "
+                        "run the same command again; everything finished so far is kept"
+                    ) from error
+                raise
+        raise AssertionError("unreachable")
+
+    def exists(self, key: str) -> bool:
+        """Whether a file stands under `key`."""
+        return bool(
+            os.path.exists(f"{self.root}/{key}") if self.local else self.fs.exists(f"{self.root}/{key}")
+        )
+
+    def size(self, key: str) -> int:
+        """Bytes under `key`."""
+        return int(
+            os.path.getsize(f"{self.root}/{key}") if self.local else self.fs.size(f"{self.root}/{key}")
+        )
+
+    def names(self, key: str) -> list[str]:
+        """Names of the entries directly below `key`, sorted, hidden ones left out; empty if there is no such folder."""
+        if self.local:
+            try:
+                found = os.listdir(f"{self.root}/{key}")
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        else:
+            try:
+                self.fs.invalidate_cache(f"{self.root}/{key}")
+                found = [
+                    str(entry).rstrip("/").rsplit("/", 1)[-1]
+                    for entry in self.fs.ls(f"{self.root}/{key}", detail=False)
+                ]
+            except FileNotFoundError:
+                return []
+        return sorted(name for name in found if not name.startswith("."))
+
+    def walk(self, key: str) -> Iterator[str]:
+        """Keys of every file below `key`, hidden and temporary ones too."""
+        base = f"{self.root}/{key}" if key else self.root
+        for folder, _, files in self.fs.walk(base):
+            for name in files:
+                yield f"{str(folder).rstrip('/')}/{name}"[len(self.root) + 1 :]
+
+    def remove(self, key: str) -> None:
+        """Removes one file; a missing one is no error."""
+        try:
+            self.fs.rm_file(f"{self.root}/{key}")
+        except FileNotFoundError:
+            return
+
+    def is_folder(self) -> bool:
+        """Whether anything stands at the root."""
+        return bool(self.fs.isdir(self.root))

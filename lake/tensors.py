@@ -1,0 +1,215 @@
+"""Reading tensors: which step lies in which row, and the rows themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import codec
+from .errors import CorruptFile, MissingData
+from .names import encode_name
+from .receipts import Receipt
+from .steps import summarize_steps
+
+if TYPE_CHECKING:
+    from .lake import Lake
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The step axis of some arrays: `steps` ascending, and the row each lies in."""
+
+    steps: np.ndarray[Any, np.dtype[np.int64]]
+    rows: np.ndarray[Any, np.dtype[np.int64]]
+
+
+class AxisIndex:
+    """Step axes of every (run, quantity, name), gathered from receipts."""
+
+    def __init__(self, receipts: Iterable[Receipt]) -> None:
+        # Arrays written by the same units share one axis, so units are grouped by the tuple of names they wrote.
+        self._groups: dict[tuple[str, str], dict[tuple[str, ...], list[tuple[int, tuple[int, ...]]]]] = {}
+        for receipt in receipts:
+            for entry in receipt.tensors:
+                groups = self._groups.setdefault((receipt.run, entry.quantity), {})
+                groups.setdefault(entry.names, []).append((entry.first_row, entry.steps))
+        self._axes: dict[tuple[str, str], dict[tuple[str, ...], Axis]] = {}
+
+    def quantities(self) -> list[tuple[str, str]]:
+        """(run, quantity) pairs that hold anything."""
+        return sorted(self._groups)
+
+    def names(self, run: str, quantity: str) -> list[str]:
+        """Names of the arrays of a quantity, in the order they were written."""
+        groups = self._groups.get((run, quantity), {})
+        return list(dict.fromkeys(name for names in groups for name in names))
+
+    def groups(self, run: str, quantity: str) -> dict[tuple[str, ...], Axis]:
+        """Arrays with a common axis, and that axis."""
+        if (run, quantity) not in self._axes:
+            groups = self._groups.get((run, quantity), {})
+            self._axes[run, quantity] = {names: _axis(blocks) for names, blocks in groups.items()}
+        return self._axes[run, quantity]
+
+    def axis(self, run: str, quantity: str, name: str) -> Axis:
+        """Axis of one array; empty if it holds nothing."""
+        found = [axis for names, axis in self.groups(run, quantity).items() if name in names]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            return _axis([])
+        steps = np.concatenate([axis.steps for axis in found])
+        rows = np.concatenate([axis.rows for axis in found])
+        order = np.argsort(steps, kind="stable")
+        return Axis(steps[order], rows[order])
+
+
+def _axis(blocks: list[tuple[int, tuple[int, ...]]]) -> Axis:
+    steps = np.array([step for _, of in blocks for step in of], np.int64)
+    rows = np.array([first + i for first, of in blocks for i in range(len(of))], np.int64)
+    order = np.argsort(steps, kind="stable")
+    return Axis(steps[order], rows[order])
+
+
+class Tensor:
+    """One array of the lake: `shape` of a step's cells, `steps` it holds, `read` them."""
+
+    def __init__(self, lake: Lake, run: str, quantity: str, name: str, axis: Axis) -> None:
+        self.run = run
+        self.quantity = quantity
+        self.name = name
+        self._lake = lake
+        self._axis = axis
+        self._folder = f"tensors/{run}/{quantity}/{encode_name(name)}"
+
+    @cached_property
+    def layout(self) -> codec.Layout:
+        """Shape, dtype and chunks."""
+        layout = self._lake.array_layout(self.run, self.quantity, self.name)
+        if layout is None:
+            raise CorruptFile(
+                f"{self._folder}/zarr.json is missing: run `lakebed verify` to list every damaged file"
+            )
+        return layout
+
+    @property
+    def steps(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Int[step]: steps stored, ascending."""
+        return self._axis.steps
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(number of steps, *shape of one step)."""
+        return (len(self.steps), *self.layout.row_shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Stored dtype."""
+        return self.layout.dtype
+
+    def __repr__(self) -> str:
+        span = f"steps {self.steps[0]}…{self.steps[-1]}" if len(self.steps) else "no steps"
+        return f"<Tensor {self.quantity}/{self.name} of run {self.run!r}: {self.shape}, {self.dtype}, {span}>"
+
+    def read(self, steps: int | Iterable[int] | slice | None = None) -> np.ndarray[Any, Any]:
+        """Float[step, *shape] in the order asked; None reads all. A single int drops the axis.
+
+        A slice selects by step value, stop included like SQL's BETWEEN. Raises MissingData for a step not stored.
+        """
+        if isinstance(steps, int | np.integer):
+            result: np.ndarray[Any, Any] = self.read([int(steps)])[0]
+            return result
+        wanted = self._wanted(steps)
+        rows = self._rows_of(wanted)
+        out = np.empty((len(rows), *self.layout.row_shape), self.layout.dtype)
+        order = np.argsort(rows, kind="stable")
+        chunks = rows[order] // self.layout.chunk_rows
+        for start, stop in _runs(chunks):
+            selected = order[start:stop]
+            out[selected] = self.read_block(int(chunks[start]))[rows[selected] % self.layout.chunk_rows]
+        return out
+
+    def blocks(
+        self, keep: np.ndarray[Any, np.dtype[np.bool_]]
+    ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """(steps, Float[step, *shape]) chunk by chunk for the steps where `keep` holds: Bool[step]."""
+        steps, rows = self._axis.steps[keep], self._axis.rows[keep]
+        chunks = rows // self.layout.chunk_rows
+        for start, stop in _runs(chunks):
+            block = self.read_block(int(chunks[start]))
+            inside = rows[start:stop] % self.layout.chunk_rows
+            whole = len(inside) == len(block) and bool((inside == np.arange(len(block))).all())
+            yield steps[start:stop], block if whole else block[inside]
+
+    def read_block(self, row_chunk: int) -> np.ndarray[Any, Any]:
+        """Float[chunk_rows, *shape]: one chunk of rows, every cell chunk of it put together."""
+        layout, keys = self.layout, self.layout.keys(row_chunk)
+        shape = (layout.chunk_rows, *layout.chunk_cells)
+        if len(keys) == 1:
+            return self._read_chunk(keys[0][0], shape).reshape(layout.chunk_rows, *layout.row_shape)
+        out = np.empty((layout.chunk_rows, *layout.row_shape), layout.dtype)
+        for key, cells in keys:
+            chunk = self._read_chunk(key, shape)
+            out[(slice(None), *cells)] = chunk[
+                (slice(None), *(slice(part.stop - part.start) for part in cells))
+            ]
+        return out
+
+    def _read_chunk(self, key: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        path = f"{self._folder}/{key}"
+        self._lake.chunks_read += 1
+        try:
+            data = self._lake.storage.read(path)
+        except FileNotFoundError as error:
+            raise CorruptFile(
+                f"{path} is missing: run `lakebed verify` to list every damaged file"
+            ) from error
+        return codec.decode(data, shape, self.layout.dtype, path)
+
+    def _wanted(self, steps: Iterable[int] | slice | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if steps is None:
+            return self.steps
+        if isinstance(steps, slice):
+            low = self.steps[0] if steps.start is None else steps.start
+            high = self.steps[-1] if steps.stop is None else steps.stop
+            inside = self.steps[(self.steps >= low) & (self.steps <= high)]
+            return inside[:: steps.step or 1]
+        return np.fromiter((int(step) for step in steps), np.int64)
+
+    def _rows_of(self, wanted: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if not len(self.steps):
+            raise MissingData(f"run {self.run!r} holds no step of {self.quantity} {self.name!r}")
+        at = np.minimum(np.searchsorted(self.steps, wanted), len(self.steps) - 1)
+        absent = wanted[self.steps[at] != wanted]
+        if len(absent):
+            raise MissingData(missing_steps_message(self.run, self.quantity, self.name, absent, self.steps))
+        return self._axis.rows[at]
+
+
+def missing_steps_message(
+    run: str,
+    quantity: str,
+    name: str,
+    absent: Sequence[int] | np.ndarray[Any, Any],
+    stored: np.ndarray[Any, Any],
+) -> str:
+    """Names the steps that are missing, those that exist, and what to run."""
+    remedy = ""
+    if quantity in ("weights", "exp_avg", "exp_avg_sq"):
+        remedy = f"; a recorded step is replayed by `lakebed extract weights --run {run} --steps {absent[0]}`"
+    return (
+        f"run {run!r} stores no {quantity} {name!r} at step {summarize_steps(absent)}; "
+        f"stored are {summarize_steps(stored)}{remedy}"
+    )
+
+
+def _runs(values: np.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
+    """Start and stop of each run of equal neighbours."""
+    if not len(values):
+        return
+    edges = np.flatnonzero(np.diff(values)) + 1
+    yield from zip([0, *edges.tolist()], [*edges.tolist(), len(values)], strict=True)
