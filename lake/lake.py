@@ -143,6 +143,18 @@ class Lake:
         """Reserves rows of a quantity's step axis for one writer; returns the first, a multiple of `block_rows`."""
         return claim_rows(self.storage, run, quantity, count, block_rows)
 
+    def block_rows(self, run: str, quantity: str) -> int | None:
+        """Rows that units of a quantity claim at a time; None if nothing was written yet."""
+        key = f"tensors/{run}/{quantity}/zarr.json"
+        try:
+            return int(json.loads(self.storage.read(key))["attributes"]["block_rows"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFile(
+                f"{key} is damaged: it must hold a Zarr group with attribute block_rows"
+            ) from error
+
     # -- tables ------------------------------------------------------------------------------------------------
 
     def table_files(self, name: str, run: str | None = None) -> list[FileEntry]:

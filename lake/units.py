@@ -119,11 +119,28 @@ class UnitWriter:
         self._tables.setdefault(table, []).append(conform(table, data))
 
     def tensor_rows(self, quantity: str, steps: Sequence[int], block_rows: int = 1) -> RowBlock:
-        """Claims rows of a quantity for `steps`. All units of one (run, quantity) share one `block_rows`."""
+        """Claims rows of a quantity for `steps`, in blocks of a power of two.
+
+        The first unit of a (run, quantity) decides `block_rows`; later ones get what it chose.
+        """
+        block_rows = self._ensure_group(quantity, block_rows)
         first_row = self._lake.claim_rows(self.unit.run, quantity, len(steps), block_rows)
         block = RowBlock(self, quantity, steps, first_row, block_rows)
         self._blocks.append(block)
         return block
+
+    def _ensure_group(self, quantity: str, block_rows: int) -> int:
+        about = (
+            QUANTITIES[quantity].about
+            if quantity in QUANTITIES
+            else f"optimizer state {quantity}, by parameter"
+        )
+        attributes = {"quantity": quantity, "about": about, "block_rows": block_rows}
+        key = f"tensors/{self.unit.run}/{quantity}/zarr.json"
+        standing = self._lake.block_rows(self.unit.run, quantity)
+        if standing is None and not self._storage.create(key, codec.group_metadata(attributes)):
+            standing = self._lake.block_rows(self.unit.run, quantity)
+        return standing or block_rows
 
     def array_key(self, quantity: str, name: str) -> str:
         """Folder of an array."""
@@ -156,9 +173,6 @@ class UnitWriter:
             {"name": name, "quantity": quantity, **attributes},
             codec.fill_value(layout.dtype),
         )
-        group = f"tensors/{self.unit.run}/{quantity}/zarr.json"
-        about = QUANTITIES[quantity].about if quantity in QUANTITIES else quantity
-        self._storage.create(group, codec.group_metadata({"quantity": quantity, "about": about}))
         self._storage.create(f"{self.array_key(quantity, name)}/zarr.json", metadata)
 
     def put(self, key: str, data: bytes) -> None:

@@ -1,0 +1,108 @@
+"""Model families: how each names its parameters, layers and heads. One file per family, found by entry point."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BUILT_IN = {"symbolic_kv": "lakebed.engine.adapters.symbolic_kv"}
+
+
+class UnknownAdapter(ValueError):
+    """No model family of that name is installed."""
+
+
+@dataclass(frozen=True)
+class ParameterDescription:
+    """Where a parameter stands: module block (L0.attention), layer, kind (q_proj), and its TransformerLens name."""
+
+    module: str
+    layer: int | None
+    kind: str
+    is_bias: bool
+    transformer_lens_name: str | None
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """A part of a parameter; rows and columns half-open, columns None for vectors."""
+
+    slice_kind: str
+    slice: str
+    parameter: str
+    layer: int | None
+    head: int | None
+    neuron: int | None
+    row_start: int
+    row_stop: int
+    column_start: int | None
+    column_stop: int | None
+
+    @classmethod
+    def whole(
+        cls, kind: str, label: str, parameter: str, shape: tuple[int, ...], layer: int | None
+    ) -> ParameterSlice:
+        """The whole parameter."""
+        return cls.cut(kind, label, parameter, shape, 0, slice(0, shape[0]), layer)
+
+    @classmethod
+    def cut(
+        cls,
+        kind: str,
+        label: str,
+        parameter: str,
+        shape: tuple[int, ...],
+        axis: int,
+        part: slice,
+        layer: int | None,
+        head: int | None = None,
+        neuron: int | None = None,
+    ) -> ParameterSlice:
+        """Rows (axis 0) or columns (axis 1) `part` of a vector or matrix."""
+        rows = part if axis == 0 else slice(0, shape[0])
+        columns = (part if axis == 1 else slice(0, shape[1])) if len(shape) > 1 else slice(None, None)
+        return cls(
+            kind, label, parameter, layer, head, neuron, rows.start, rows.stop, columns.start, columns.stop
+        )
+
+
+class Adapter(Protocol):
+    """What a model family tells about itself."""
+
+    name: str
+
+    def describe(self, parameter: str) -> ParameterDescription:
+        """Where a parameter stands; KeyError for a foreign name."""
+        ...
+
+    def slices(self, shapes: Mapping[str, tuple[int, ...]]) -> list[ParameterSlice]:
+        """Module blocks, projections, heads and neurons as slices of parameters."""
+        ...
+
+    def head_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights as the interpretability formulas take them, every layer of one step.
+
+        W_Q, W_K, W_V: Float[layer, head, d_head, d_model]; W_O: Float[layer, head, d_model, d_head];
+        W_in: Float[layer, d_ff, d_model]; W_out: Float[layer, d_model, d_ff].
+        """
+        ...
+
+
+def load_adapter(name: str, config_json: str) -> Adapter:
+    """The adapter of a run, from its family's name and its configuration.
+
+    A family is a module with `from_config(config_json) -> Adapter`; others than the built-in ones register it in
+    entry-point group `lakebed.adapters`. Raises UnknownAdapter naming those installed.
+    """
+    others = {entry.name: entry.value for entry in entry_points(group="lakebed.adapters")}
+    modules = {**others, **_BUILT_IN}
+    if name not in modules:
+        raise UnknownAdapter(f"no model adapter {name!r}; installed are {', '.join(sorted(modules))}")
+    adapter: Adapter = importlib.import_module(modules[name]).from_config(config_json)
+    return adapter
