@@ -1,6 +1,5 @@
-"""The `lakebed` command."""
+"""The command line: thin; it parses, calls and prints."""
 
+from .main import cli, main
 
-def main() -> None:
-    """Entry point of the console script."""
-    raise SystemExit("not built yet")
+__all__ = ["cli", "main"]

@@ -150,11 +150,12 @@ class Recorder:
             "grad_clip_norm": grad_clip_norm,
             "query_event_count": query_event_count,
             "batch_size": None if sample_ids is None else len(sample_ids),
-            "loop_state": None if loop_state is None else canonical_json(dict(loop_state)),
         }
         self._pending.row.update({name: value for name, value in given.items() if value is not None})
         if sample_ids is not None:
             self._pending.batch = {"split": split, "sample_ids": list(sample_ids)}
+        if loop_state is not None:
+            self._pending.loop_state = canonical_json(dict(loop_state))
         self._pending.rng_state = torch.get_rng_state()
 
     def _hand_over(self) -> None:

@@ -34,6 +34,7 @@ class PendingStep:
     captured: CapturedStep
     row: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] | None = None
+    loop_state: str | None = None
     rng_state: Tensor | None = None
     taken_at: float = field(default_factory=time.perf_counter)
 
@@ -229,11 +230,9 @@ class TraceWriter:
             "nonfinite_gradient_entries": sum(int(row["nonfinite_gradient_entries"]) for row in updates),
             # Unchanged values are written once a block, so that each block can be read alone.
             "optimizer_groups": groups if first_in_block or groups != self._groups_json else None,
-            "rng_state": rng_bytes if first_in_block or rng_bytes != self._rng else None,
             "seconds": pending.taken_at - self._last_time,
             **pending.row,
         }
-        self._groups_json, self._rng, self._last_time = groups, rng_bytes, pending.taken_at
         stored = captured.after is not None
         moments = self._replay is not None or all(
             name in (captured.after or self._previous).optimizer for name in MOMENTS
@@ -245,6 +244,8 @@ class TraceWriter:
             "sha256": self._hash,
             "learning_rate": rate,
             "optimizer_steps": step_counters(captured.step_counts),
+            "loop_state": pending.loop_state,
+            "rng_state": rng_bytes if first_in_block or rng_bytes != self._rng else None,
         }
         tables: dict[str, list[Mapping[str, Any]]] = {
             "training_steps": [row],
@@ -283,6 +284,8 @@ def write_state(
     source_uri: str | None = None,
     learning_rate: float | None = None,
     metrics: str | None = None,
+    loop_state: str | None = None,
+    rng_state: Tensor | None = None,
     rows: int = 1,
 ) -> None:
     """Weights and optimizer state of one step, as a unit of its own: the start of a run, or an imported checkpoint."""
@@ -308,6 +311,8 @@ def write_state(
                     "sha256": identity,
                     "learning_rate": learning_rate,
                     "optimizer_steps": step_counters(state.step_counts),
+                    "loop_state": loop_state,
+                    "rng_state": None if rng_state is None else rng_state.numpy().tobytes(),
                     "metrics": metrics,
                 }
             ],

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from .datasets import SVD_MATRICES, VECTOR_LABELS
+
+_LABELS = " ".join(
+    f"WHEN '{matrix}' THEN CASE side WHEN 'left' THEN '{left}' WHEN 'right' THEN '{right}' END"
+    for matrix, (left, right) in VECTOR_LABELS.items()
+)
+
 MACROS: dict[str, tuple[str, str]] = {
     "squared_norm(v)": (
         "sum of squares of a list, in double precision",
@@ -19,6 +26,14 @@ MACROS: dict[str, tuple[str, str]] = {
     "matrix_label(layer, head, matrix)": (
         "L2H1 W_QK, or L0 W_in for a matrix without heads",
         "format('L{}{} {}', layer, coalesce(format('H{}', head), ''), matrix)",
+    ),
+    "matrix_position(matrix)": (
+        "report order of the matrices of dataset svd, from 1",
+        f"list_position([{', '.join(repr(matrix) for matrix in SVD_MATRICES)}], matrix)",
+    ),
+    "vector_label(matrix, side)": (
+        "what a left or right singular vector of a matrix is a direction of",
+        f"CASE matrix {_LABELS} END",
     ),
 }
 

@@ -116,6 +116,8 @@ _TABLES = (
         sha256 | VARCHAR | identity of the state: of the imported file, or of the chain of everything recorded up to this step
         learning_rate | DOUBLE | learning rate last used (of the first parameter group); null when unknown
         optimizer_steps | VARCHAR | the optimizer's own step counter by parameter, JSON ("*" for those not named); null without moments
+        loop_state | VARCHAR | what the training loop needs to go on after this step, JSON; null when it was not logged
+        rng_state | BLOB | state of torch's CPU generator after this step; null when equal to the row before, or unknown
         metrics | VARCHAR | metrics stored with an imported checkpoint, JSON
         """,
     ),
@@ -179,13 +181,11 @@ _TABLES = (
         learning_rate | DOUBLE | learning rate of the first parameter group
         pre_clip_grad_norm | DOUBLE | L2 norm of the raw gradient over all parameters, accumulated in float64
         grad_clip_norm | DOUBLE | clipping threshold the loop logged; null if unknown
-        clip_coefficient | DOUBLE | float32 factor that took the raw gradient to the one the optimizer saw; null if no single factor did
+        clip_coefficient | DOUBLE | float32 factor that took the raw gradient to the one the optimizer saw; null if no single factor did, and then table gradients holds what the optimizer saw
         batch_size | BIGINT | examples in the batch; null if not logged
         query_event_count | BIGINT | query events in the batch; null if not logged
         nonfinite_gradient_entries | BIGINT | NaN or infinite entries of the raw gradient
         optimizer_groups | VARCHAR | hyperparameters of every parameter group, JSON; null when equal to the row before
-        loop_state | VARCHAR | what the training loop needs to go on after this step, JSON
-        rng_state | BLOB | state of torch's CPU generator after this step; null when equal to the row before
         seconds | DOUBLE | wall time since the step before, s
         """,
     ),

@@ -40,11 +40,20 @@ class Session:
         _OPEN.add(self)
 
     def execute(
-        self, query: str, parameters: Mapping[str, Any] | list[Any] | None = None
+        self,
+        query: str,
+        parameters: Mapping[str, Any] | list[Any] | None = None,
+        tables: Iterable[str] | None = None,
     ) -> duckdb.DuckDBPyConnection:
-        """Runs SQL; raises QueryError with DuckDB's message and, for an unknown table, the ones there are."""
+        """Runs SQL; raises QueryError with DuckDB's message and, for an unknown table, the ones there are.
+
+        `tables` names the tables the query reads, where the caller knows: DuckDB cannot tell for a query with
+        parameters, and then every word of it counts.
+        """
         try:
-            self.prepare(self._named(query))
+            wanted = self._named(query) if tables is None else set(tables)
+            if wanted:
+                self.prepare(wanted)
             return (
                 self.connection.execute(query, parameters) if parameters else self.connection.execute(query)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from .errors import LakebedError
 
@@ -83,7 +84,7 @@ def summarize_steps(steps: Iterable[int]) -> str:
 def step_option(steps: Iterable[int]) -> str:
     """Steps as a `--steps` value that selects exactly them, for commands we tell a user to run."""
     values = sorted({int(step) for step in steps})
-    strides = {b - a for a, b in zip(values, values[1:], strict=False)}
+    strides = {b - a for a, b in pairwise(values)}
     if len(values) > 2 and len(strides) == 1:
         return f"{values[0]}:{values[-1]}:{strides.pop()}"
     return ",".join(map(str, values))

@@ -1,0 +1,78 @@
+"""The `lakebed` command: a group that imports a command's module only when that command runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from .. import LakebedError, __version__
+
+# name -> module that defines a click command of that name (`import` is `import_`), with the line `--help` shows.
+COMMANDS = {
+    "demo": "train the built-in run, extract, run every report and open their index",
+    "train": "train a configured run and record every step",
+    "trace": "continue a run from any step, recording every step",
+    "import": "bring in checkpoints made elsewhere (.pt or .safetensors)",
+    "extract": "make a dataset, or whatever a report lacks",
+    "query": "run a report: rows, Markdown and charts from the lake",
+    "sql": "ask the lake in SQL, once or in a shell",
+    "show": "what a lake holds, or the schema of its tables",
+    "verify": "check every file against its receipt",
+    "catalog": "write views for plain duckdb users and lengths for plain Zarr readers",
+}
+
+
+class LazyGroup(click.Group):
+    """Looks commands up by name in `lakebed.cli.<name>`."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Commands in the order a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Imports the module of one command."""
+        if name not in COMMANDS:
+            return None
+        suffix = "_" if name == "import" else ""
+        module = importlib.import_module(f".{name}{suffix}", __package__)
+        command: click.Command = getattr(module, f"{name}{suffix}")
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Start with `lakebed demo`; every command has its own --help with an example.",
+)
+@click.version_option(__version__, prog_name="lakebed")
+def cli() -> None:
+    """A data lake of how transformer circuits form during training: record once, then ask in SQL."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; a LakebedError becomes one line on stderr and exit status 1."""
+    try:
+        result: Any = cli(args=arguments, standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted: what was finished is kept; run the same command again to go on", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except LakebedError as error:
+        _fail(str(error), 1)
+    except BrokenPipeError:
+        sys.exit(141)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"lakebed: {' '.join(message.split())}", err=True)
+    sys.exit(status)

@@ -1,0 +1,232 @@
+"""Weights and moments of any step of a run: stored ones read, recorded ones replayed, in step order and one pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from ..engine.optimizer import AdamGroup, AdamReplay
+from ..lake import Lake
+from ..lake.errors import MissingData
+from ..lake.steps import summarize_steps
+from .runs import RecordingError, run_row
+from .trace_block import MOMENTS
+from .trace_writer import ReplayMismatch
+
+
+@dataclass(frozen=True)
+class State:
+    """The run after `step` updates. Tensors are float32 as stored, or of the parameter's own dtype, by parameter name.
+
+    `exp_avg` and `exp_avg_sq` are empty before a parameter's first update and when `has_moments` is false (then they
+    are unknown). `identity` is the state's content hash.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    step_counts: dict[str, int]
+    has_moments: bool
+    identity: str
+
+
+class StateReader:
+    """Reads the states of one run. Steps between anchors are replayed with torch's own update, bit for bit on the machine
+    type that recorded them; every anchor passed on the way is compared, and ReplayMismatch is raised if it differs."""
+
+    def __init__(self, lake: Lake, run: str) -> None:
+        self.lake, self.run = lake, run
+        self.info = run_row(lake, run)
+        rows = lake.table("steps", run).sort("step").collect()
+        self._steps: dict[int, dict[str, Any]] = {row["step"]: row for row in rows.to_dicts()}
+        parameters = lake.table("parameters", run).sort("position").collect().to_dicts()
+        self._dtypes = {row["parameter"]: getattr(torch, row["dtype"]) for row in parameters}
+        self._group_of = {
+            row["parameter"]: row["optimizer_group"] for row in parameters if row["optimizer_group"] is not None
+        }
+
+    @property
+    def steps(self) -> list[int]:
+        """Every step whose weights can be had, ascending."""
+        return list(self._steps)
+
+    def require(self, steps: Iterable[int]) -> None:
+        """Raises MissingData, naming the steps there are, unless every step can be had."""
+        absent = [step for step in steps if step not in self._steps]
+        if absent:
+            raise MissingData(
+                f"run {self.run!r} has no step {summarize_steps(absent)}; it has {summarize_steps(self.steps)}: record "
+                f"more with `lakebed trace --run {self.run} --from-step {self.steps[-1] if self.steps else 0} --num-steps N`"
+            )
+
+    def identity(self, step: int) -> str:
+        """Content hash of the state at `step`."""
+        self.require([step])
+        return str(self._steps[step]["sha256"])
+
+    def read(self, step: int) -> State:
+        """The state at one step."""
+        return next(self.iterate([step]))
+
+    def iterate(self, steps: Iterable[int], moments: bool = True) -> Iterator[State]:
+        """States at `steps`, ascending; a replay runs on from one to the next. The tensors of a replayed state change
+        when the next one is asked for. `moments=False` reads weights alone where they are stored."""
+        wanted = sorted(set(steps))
+        self.require(wanted)
+        replay: AdamReplay | None = None
+        at = -1
+        for step in wanted:
+            if self._steps[step]["state"] == "stored":
+                replay, at = None, -1
+                yield self._stored(step, moments)
+                continue
+            anchor = self._anchor(step)
+            if replay is None or at < anchor:
+                start = self._stored(anchor, True)
+                replay = AdamReplay(start.weights, start.exp_avg, start.exp_avg_sq, start.step_counts)
+                at = anchor
+            for _ in self._replay(replay, at, step):
+                pass
+            at = step
+            yield State(
+                step, replay.weights, replay.exp_avg, replay.exp_avg_sq, dict(replay.step_counts), True, self.identity(step)
+            )
+
+    def verify_replay(self, start: int, stop: int) -> int:
+        """Replays from the anchor at `start` to the one at `stop` and compares; returns the steps replayed."""
+        first, last = self._stored(start, True), self._stored(stop, True)
+        replay = AdamReplay(first.weights, first.exp_avg, first.exp_avg_sq, first.step_counts)
+        count = sum(1 for _ in self._replay(replay, start, stop))
+        differing = replay.mismatches(last.weights, last.exp_avg, last.exp_avg_sq, last.step_counts)
+        if differing:
+            raise ReplayMismatch(
+                f"run {self.run!r}: replaying steps {start} to {stop} gives another {differing[0]} than is stored; it was "
+                f"recorded on {self.info['machine']} with torch {self.info['torch_version']}, where it is exact"
+            )
+        return count
+
+    def anchors(self) -> list[int]:
+        """Steps whose state is stored, ascending."""
+        return [step for step, row in self._steps.items() if row["state"] == "stored"]
+
+    def _anchor(self, step: int) -> int:
+        earlier = [anchor for anchor in self.anchors() if anchor < step]
+        if not earlier:
+            raise RecordingError(f"run {self.run!r} has no stored state before step {step} to replay from")
+        return earlier[-1]
+
+    def _stored(self, step: int, moments: bool) -> State:
+        row = self._steps[step]
+        loaded: dict[str, dict[str, Tensor]] = {"weights": self._read("weights", step)}
+        for name in MOMENTS:
+            loaded[name] = self._read(name, step) if moments and row["has_moments"] else {}
+        counts = json.loads(row["optimizer_steps"] or '{"*":0}')
+        common = counts.pop("*", 0)
+        return State(
+            step,
+            loaded["weights"],
+            loaded["exp_avg"],
+            loaded["exp_avg_sq"],
+            {name: counts.get(name, common) for name in self._group_of or self._dtypes},
+            bool(row["has_moments"]),
+            str(row["sha256"]),
+        )
+
+    def _read(self, quantity: str, step: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for names, axis in self.lake.axes.groups(self.run, quantity).items():
+            if step in axis.steps:
+                for name in names:
+                    array = self.lake.tensor(quantity, name, self.run).read(step)
+                    found[name] = torch.from_numpy(array).to(self._dtypes[name])
+        return found
+
+    def _replay(self, replay: AdamReplay, start: int, stop: int) -> Iterator[int]:
+        """Applies steps start+1 … stop."""
+        for step, gradients, coefficient, groups in self._recorded(start + 1, stop):
+            present = {name: gradient for name, gradient in gradients.items() if name in self._group_of}
+            replay.step(present, coefficient, groups, self._group_of)
+            yield step
+
+    def _recorded(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[int, dict[str, Tensor | None], float | None, list[AdamGroup]]]:
+        rows = self._training_rows(start, stop)
+        skipped = self._without_gradient(start, stop)
+        tensors = {
+            name: self.lake.tensor("gradients", name, self.run) for name in self.lake.axes.names(self.run, "gradients")
+        }
+        # A block of steps at a time: what a chunk holds is decoded once, and memory stays flat.
+        size = max((tensor.layout.chunk_rows for tensor in tensors.values()), default=1)
+        steps = [int(row["step"]) for row in rows]
+        for first in range(0, len(steps), size):
+            part = steps[first : first + size]
+            arrays = {name: self._rows(tensor, part) for name, tensor in tensors.items()}
+            for offset, row in enumerate(rows[first : first + size]):
+                gradients = {
+                    name: None if (row["step"], name) in skipped else self._tensor(name, array[offset])
+                    for name, array in arrays.items()
+                }
+                yield row["step"], gradients, row["clip_coefficient"], _groups(row["optimizer_groups"])
+
+    def _rows(self, tensor: Any, steps: list[int]) -> np.ndarray[Any, Any]:
+        held = np.isin(steps, tensor.steps)
+        if held.all():
+            array: np.ndarray[Any, Any] = tensor.read(steps)
+            return array
+        # A parameter frozen for a whole block was not written there.
+        out = np.full((len(steps), *tensor.layout.row_shape), np.nan, tensor.dtype)
+        out[held] = tensor.read([step for step, there in zip(steps, held, strict=True) if there])
+        return out
+
+    def _tensor(self, name: str, array: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._dtypes[name])
+
+    def _training_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
+        rows = (
+            self.lake.table("training_steps", self.run)
+            .select("step", "clip_coefficient", "optimizer_groups")
+            .filter(pl.col("step") <= stop)
+            .sort("step")
+            .with_columns(pl.col("optimizer_groups").forward_fill())
+            .filter(pl.col("step") >= start)
+            .collect()
+            .to_dicts()
+        )
+        if [row["step"] for row in rows] != list(range(start, stop + 1)):
+            raise MissingData(f"run {self.run!r} lacks recorded steps between {start} and {stop}: run `lakebed verify`")
+        return rows
+
+    def _without_gradient(self, start: int, stop: int) -> set[tuple[int, str]]:
+        rows = (
+            self.lake.table("parameter_updates", self.run)
+            .filter(pl.col("step").is_between(start, stop), ~pl.col("has_gradient"))
+            .select("step", "parameter")
+            .collect()
+        )
+        return set(rows.iter_rows())
+
+
+def _groups(text: str) -> list[AdamGroup]:
+    return [AdamGroup.from_json(group) for group in json.loads(text)]
+
+
+def optimizer_state(state: State, names: Iterable[str], groups: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """A state dict for torch.optim.Adam or AdamW over parameters `names` in the order the optimizer holds them."""
+    entries = {}
+    for index, name in enumerate(names):
+        if state.step_counts.get(name, 0) and name in state.exp_avg:
+            entries[index] = {
+                "step": torch.tensor(float(state.step_counts[name])),
+                "exp_avg": state.exp_avg[name].clone(),
+                "exp_avg_sq": state.exp_avg_sq[name].clone(),
+            }
+    return {"state": entries, "param_groups": [dict(group) for group in groups]}
