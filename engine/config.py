@@ -249,7 +249,7 @@ class OptimizationConfig(_Table):
             raise ValueError(f"updates are counted from 1, so there is no learning rate at step {step}")
         base = self.learning_rate
         if step <= self.warmup_steps:
-            return base * step / self.warmup_steps
+            return base * (step / self.warmup_steps)  # in this order exactly `base` when warmup ends
         start, end = self.schedule.decay_start_step, self.schedule.decay_end_step
         least = self.schedule.min_learning_rate
         if start is None or end is None or least is None or step <= start:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +51,29 @@ def generate_benchmark(config: BenchmarkConfig) -> Benchmark:
 
     Raises `BenchmarkError` (see `checks`) when the ranges admit too few records or a check fails.
     """
-    sampler = Sampler(config)
-    splits: dict[str, list[Record]] = {
-        name: sampler.draw_split(name, settings) for name, settings in config.sampled_splits()
-    }
-    changed = config.counterfactual
-    splits["counterfactual"] = sampler.draw_counterfactuals(splits[changed.source_split], changed.num_samples)
-    diagnostics = check_benchmark(splits, sampler.held_out, config.heuristic_max_accuracy)
+    with _collection_paused():
+        sampler = Sampler(config)
+        splits: dict[str, list[Record]] = {
+            name: sampler.draw_split(name, settings) for name, settings in config.sampled_splits()
+        }
+        source, count = config.counterfactual.source_split, config.counterfactual.num_samples
+        splits["counterfactual"] = sampler.draw_counterfactuals(splits[source], count)
+        diagnostics = check_benchmark(splits, sampler.held_out, config.heuristic_max_accuracy)
     return Benchmark(config, sampler.vocabulary, sampler.held_out, splits, diagnostics)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector: records are a million small dicts without a cycle among them, and
+    walking them over and over takes a third of the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def benchmark_jsonl(records: Iterable[Record]) -> str:
