@@ -275,8 +275,7 @@ class _Buffers:
                 source.shape, dtype=source.dtype, device=device, pin_memory=host and source.is_cuda
             )
             self._held[key, host] = held
-        with torch.no_grad():
-            return held.copy_(source, non_blocking=host and source.is_cuda)
+        return held.copy_(source.detach(), non_blocking=host and source.is_cuda)
 
     def to_host(self, key: str, tensor: Tensor) -> Tensor:
         """``tensor`` itself where it is a host tensor, else a copy of it there."""
@@ -335,10 +334,13 @@ class _RawGradients:
         return raw, buffers
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
+        key = f"raw {name}"
+
         def copy(parameter: Tensor) -> None:
-            if parameter.grad is not None and not parameter.grad.is_sparse:
-                buffers = self._on_device if parameter.grad.device.type != "cpu" else self._buffers
-                self._seen[name] = buffers.copy(f"raw {name}", parameter.grad)
+            gradient = parameter.grad
+            if gradient is not None and not gradient.is_sparse:
+                buffers = self._buffers if gradient.is_cpu else self._on_device
+                self._seen[name] = buffers.copy(key, gradient.detach())
 
         return copy
 
