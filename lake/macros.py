@@ -16,8 +16,13 @@ MACROS: dict[str, tuple[str, str]] = {
     ),
     "abs_cosine(a, b)": (
         "|cos| of two lists, at most 1; null when either is zero",
-        "least(1.0, abs(list_dot_product(a::DOUBLE[], b::DOUBLE[])) "
-        "/ nullif(sqrt(squared_norm(a)) * sqrt(squared_norm(b)), 0))",
+        # least() skips nulls, and would make |cos| of a zero vector 1.
+        "CASE WHEN squared_norm(a) > 0 AND squared_norm(b) > 0 THEN least(1.0, "
+        "abs(list_dot_product(a::DOUBLE[], b::DOUBLE[])) / (sqrt(squared_norm(a)) * sqrt(squared_norm(b)))) END",
+    ),
+    "positive_part(x)": (
+        "max(0, x); null stays null",
+        "CASE WHEN x IS NOT NULL THEN greatest(0, x) END",
     ),
     "effective_rank(total, total_of_squares)": (
         "participation ratio of a spectrum, (Σσ)² / Σσ²; not the entropy one",

@@ -1,0 +1,66 @@
+"""Charts as a report declares them: which section, which columns, what the title states. No drawing here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What every chart has: a name (its file and its key in `plots`), the section it draws, a title."""
+
+    name: str
+    view: str
+    title: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Trajectory(Chart):
+    """Lines over training steps, one per `series`; the `highlight` series that moved most are coloured and labelled.
+
+    `panel` names a column whose values become panels above each other, each with its own y axis titled by
+    `panel_titles`. `marks` names a column of steps at which a vertical rule is drawn.
+    """
+
+    y: str = "value"
+    y_title: str = ""
+    series: str | None = None
+    x: str = "step"
+    x_title: str = "training step"
+    highlight: int = 8
+    log_y: bool = False
+    panel: str | None = None
+    panel_titles: Mapping[str, str] = field(default_factory=dict)
+    log_panels: tuple[str, ...] = ()
+    y_domain: tuple[float, float] | None = None
+    rank_by: str = "change"
+
+
+@dataclass(frozen=True)
+class StackedBars(Chart):
+    """Bars over windows of training steps, stacked by `color`; negative values stack downwards."""
+
+    y: str = "value"
+    y_title: str = ""
+    color: str = "part"
+    start: str = "start_step"
+    end: str = "end_step"
+    x_title: str = "training step"
+    highlight: int = 8
+    y_format: str = ""
+
+
+@dataclass(frozen=True)
+class Heatmap(Chart):
+    """A cell per step interval and series; `value` on one sequential scale, rows in the order of the section."""
+
+    value: str = "value"
+    value_title: str = ""
+    series: str = "series"
+    start: str = "start_step"
+    end: str = "end_step"
+    x_title: str = "training step"
+    domain: tuple[float, float] | None = None
+    rows: int = 40

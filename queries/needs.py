@@ -1,0 +1,82 @@
+"""Which run and steps a report is about, and what is missing for it, with the command that makes it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..lake.datasets import RECORDED, Need
+from ..lake.errors import MissingData, UnknownName
+from ..lake.steps import StepSyntax, select_steps, step_option, summarize_steps
+
+if TYPE_CHECKING:
+    from ..lake import Lake
+    from .report import Report
+
+
+def resolve_run(lake: Lake, report: Report) -> str:
+    """The run the report is about; raises UnknownName, listing the runs, if it is not there or not clear."""
+    if report.run is not None:
+        lake.require_run(report.run)
+        return report.run
+    runs = lake.runs()
+    if len(runs) != 1:
+        raise UnknownName(
+            f"{report.report_name()}: which --run? {lake.uri} has {', '.join(runs) or 'no runs yet'}"
+        )
+    return runs[0]
+
+
+def resolve_steps(lake: Lake, report: Report, run: str) -> list[int]:
+    """The steps the report reads, ascending; raises MissingData for what was not recorded or extracted."""
+    needs = [(need, set(lake.dataset_steps(run, need.dataset, need.parameters))) for need in report.needs()]
+    selected = [(need, steps) for need, steps in needs if need.steps == "selected"]
+    for need, steps in needs:
+        if not steps:
+            raise MissingData(_message(lake, report, run, need, _explicit(report.steps)))
+    common = sorted(set.intersection(*(steps for _, steps in selected))) if selected else []
+    wanted = select_steps(report.steps, common)
+    for need, steps in selected:
+        absent = [step for step in wanted if step not in steps]
+        if absent:
+            raise MissingData(_message(lake, report, run, need, absent))
+    if selected and not wanted:
+        what = ", ".join(sorted({need.dataset for need, _ in selected}))
+        raise MissingData(
+            f"{report.report_name()}: no step of run {run!r} lies in --steps {report.steps}; {what} is there for "
+            f"{summarize_steps(common)}"
+        )
+    return wanted
+
+
+def _explicit(text: str | None) -> list[int]:
+    """Steps that `--steps` names whatever there is."""
+    try:
+        return select_steps(text or "all", [])
+    except StepSyntax:
+        raise
+    except IndexError:
+        return []
+
+
+def _message(lake: Lake, report: Report, run: str, need: Need, steps: Iterable[int]) -> str:
+    listed = list(steps)
+    at = f" at {'step' if len(listed) == 1 else 'steps'} {summarize_steps(listed)}" if listed else ""
+    details = ", ".join(f"{name} {value}" for name, value in need.parameters.items())
+    made_with = f" ({details})" if details else ""
+    opening = f"{report.report_name()} needs {need.dataset} for run {run!r}{at}{made_with}."
+    held = lake.dataset_steps(run, need.dataset, need.parameters)
+    if need.dataset in RECORDED:
+        has = f"recorded are steps {summarize_steps(held)}; the rest" if held else "it"
+        return (
+            f"{opening} In a run's own training {has} is recorded, never computed afterwards. Run: "
+            f"lakebed train --lake {shlex.quote(lake.uri)} --run NAME (our loop), or record your own loop with "
+            "lakebed trace"
+        )
+    words = ["lakebed", "extract", "--for", report.report_name(), "--lake", lake.uri, "--run", run]
+    if listed:
+        words += ["--steps", step_option(listed)]
+    elif report.steps is not None:
+        words += ["--steps", report.steps]
+    return f"{opening} Run: {shlex.join([*words, *report.arguments()])}"

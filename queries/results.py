@@ -1,0 +1,115 @@
+"""A report's sections, computed: one SQL session, every section a temporary table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..lake.schema import QUANTITIES, TABLES, VIEWS
+from .needs import resolve_run, resolve_steps
+from .sections import Section, SectionError, parse_sections
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from ..lake import Lake
+    from .report import Report
+
+
+class Results:
+    """The tables of one report over one lake; use as a context manager, or close it.
+
+    Raises UnknownName and MissingData, naming what exists or the command that makes it, before anything is computed.
+    """
+
+    def __init__(self, lake: Lake, report: Report) -> None:
+        self.lake = lake
+        self.report = report
+        self.run = resolve_run(lake, report)
+        self.steps = resolve_steps(lake, report, self.run)
+        self.sections = parse_sections(report.sql_text(), f"{report.file_stem()}.sql")
+        self.parameters: dict[str, Any] = {
+            **report.parameters(),
+            "run": self.run,
+            "steps": self.steps,
+            "lake": lake.uri,
+        }
+        self._made: list[str] = []
+        taken = {*TABLES, *VIEWS, *(quantity.view for quantity in QUANTITIES.values())}
+        try:
+            for section in self.sections:
+                if section.name in taken:
+                    raise SectionError(f"section {section.name!r} hides a table of the lake")
+                self._make(section)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self, section: Section) -> None:
+        unknown = section.parameters() - self.parameters.keys()
+        if unknown:
+            raise SectionError(
+                f"section {section.name!r} uses unknown parameters {', '.join(sorted(unknown))}"
+            )
+        self._execute(
+            f"CREATE OR REPLACE TEMP TABLE {section.name} AS {section.sql}",
+            section.reads(),
+            {name: self.parameters[name] for name in section.parameters()},
+        )
+        self._made.append(section.name)
+
+    def _execute(self, sql: str, tables: set[str], parameters: Mapping[str, Any]) -> Any:
+        return self.lake.session.execute(sql, dict(parameters), tables=tables)
+
+    def rows(self, query: str, **parameters: Any) -> list[dict[str, Any]]:
+        """Rows of a query over the report's tables, as mappings."""
+        cursor = self._execute(query, set(), parameters)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def first(self, query: str, **parameters: Any) -> dict[str, Any] | None:
+        """The first row of a query, or None."""
+        found = self.rows(query, **parameters)
+        return found[0] if found else None
+
+    def value(self, query: str, **parameters: Any) -> Any:
+        """The first column of the first row, or None."""
+        found = self.first(query, **parameters)
+        return None if found is None else next(iter(found.values()))
+
+    def frame(self, name: str) -> pl.DataFrame:
+        """One section as a Polars frame."""
+        if not re.fullmatch(r"\w+", name) or name not in self._made:
+            raise KeyError(f"no section {name!r}; there are {', '.join(self._made)}")
+        frame: pl.DataFrame = self._execute(f"FROM {name}", set(), {}).pl()
+        return frame
+
+    def columns(self, name: str) -> dict[str, str]:
+        """SQL types of a section by column, in order."""
+        return {row["column_name"]: row["column_type"] for row in self.rows(f"DESCRIBE {name}")}
+
+    def copy(self, source: str, path: Path, options: str) -> None:
+        """Writes a section, or a parenthesised SELECT over sections, to a file."""
+        quoted = str(path).replace("'", "''")
+        self._execute(f"COPY {source} TO '{quoted}' {options}", set(), {})
+
+    def row_sets(self) -> list[str]:
+        """Names of the sections that are written out, in file order."""
+        return [section.name for section in self.sections if section.kind == "rows"]
+
+    def close(self) -> None:
+        """Drops the temporary tables; the lake's session stays open."""
+        for name in reversed(self._made):
+            self._execute(f"DROP TABLE IF EXISTS {name}", set(), {})
+        self._made.clear()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,150 @@
+"""`run_report`: from a lake and a report to a folder of rows, Markdown, JSON and charts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from . import markdown
+from .output import ROW_FORMATS, OutputFolder, count_nonfinite, plain, to_json, write_rows
+from .report import InvalidOption, Report, RowFile
+from .results import Results
+
+if TYPE_CHECKING:
+    from ..lake import Lake
+
+CHART_FORMATS = ("svg", "html", "png", "vl")
+DEFAULT_ROWS = ("jsonl", "parquet")
+
+
+def run_report(
+    lake: Lake,
+    report: Report,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    rows_format: Sequence[str] | None = None,
+    chart_formats: Sequence[str] = ("svg",),
+) -> dict[str, Any]:
+    """Computes the report and writes it to the folder `out`; returns what `lakebed query` prints.
+
+    `rows_format` None means JSONL and Parquet, and CSV where the report's contract has one. Raises OutputExists,
+    MissingData, UnknownName, InvalidOption or ReportFailed; then `out` is as it was.
+    """
+    _known("--rows-format", rows_format or (), ROW_FORMATS)
+    _known("--chart-format", chart_formats, CHART_FORMATS)
+    stem = report.file_stem()
+    report_file, markdown_file = f"{stem}_report.json", f"{stem}_report.md"
+    with OutputFolder(out, report_file, overwrite) as folder, Results(lake, report) as results:
+        report.check(results)
+        files, counts = _write_row_sets(results, folder.path, rows_format)
+        plots = _draw(results, folder.path, chart_formats)
+        warnings = _warnings(results)
+        findings = report.findings(results)
+        tables = [(each, results.rows(f"FROM {each.view}")) for each in report.tables]
+        text = markdown.render(
+            results, findings, warnings, tables, _images(report, plots), _listing(results, files, counts)
+        )
+        (folder.path / markdown_file).write_text(text, encoding="utf-8")
+        written = {report_file, markdown_file, *files.values(), *plots.values()}
+        content = {
+            "report": report.report_name(),
+            "version": __version__,
+            "lake": {"uri": lake.uri, "id": lake.id},
+            "run": results.run,
+            "steps": results.steps,
+            "options": report.model_dump(exclude={"run", "steps"}),
+            "findings": findings,
+            "warnings": warnings,
+            "row_counts": counts,
+            "nonfinite_values": {name: count_nonfinite(results, name) for name in results.row_sets()},
+            "files": sorted(written),
+            **{each.view: rows for each, rows in tables},
+            **report.facts(lake, results),
+        }
+        (folder.path / report_file).write_text(to_json(content), encoding="utf-8")
+        folder.commit()
+
+    def at(name: str) -> str:
+        return str(Path(out) / name)
+
+    return {
+        "report": at(report_file),
+        "markdown": at(markdown_file),
+        **{key: at(name) for key, name in files.items()},
+        **report.outputs(lake.uri, results.run),
+        "plots": {name: at(file) for name, file in plots.items()},
+    }
+
+
+def _known(option: str, values: Iterable[str], allowed: Sequence[str]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise InvalidOption(f"{option} {value!r} is none of {', '.join(allowed)}")
+
+
+def _row_file(report: Report, section: str) -> RowFile:
+    return report.row_files.get(section) or RowFile(f"{report.file_stem()}_{section}", section)
+
+
+def _write_row_sets(
+    results: Results, folder: Path, rows_format: Sequence[str] | None
+) -> tuple[dict[str, str], dict[str, int]]:
+    files: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for section in results.row_sets():
+        row_file = _row_file(results.report, section)
+        formats = rows_format or [*DEFAULT_ROWS, *(["csv"] if row_file.csv_key else [])]
+        files.update(write_rows(results, section, row_file, folder, dict.fromkeys(formats)))
+        counts[section] = int(results.value(f"SELECT count(*) FROM {section}"))
+    return files, counts
+
+
+def _warnings(results: Results) -> list[str]:
+    lines = []
+    for section in results.row_sets():
+        found = count_nonfinite(results, section)
+        if found:
+            columns = ", ".join(f"{name} ({count:,})" for name, count in found.items())
+            lines.append(f"{section} holds NaN or infinite values, written as null: {columns}.")
+    return [*lines, *results.report.warnings(results)]
+
+
+def _draw(results: Results, folder: Path, formats: Sequence[str]) -> dict[str, str]:
+    """Draws every chart in every format; file names by plot name (`name`, and `name.html` … beyond the first)."""
+    if not formats:
+        return {}
+    from .drawing import draw
+
+    plots: dict[str, str] = {}
+    for chart in results.report.charts:
+        files = draw(chart, results, folder, formats)
+        for index, form in enumerate(dict.fromkeys(formats)):
+            if form in files:
+                plots[chart.name if index == 0 else f"{chart.name}.{form}"] = files[form]
+    return plots
+
+
+def _images(report: Report, plots: dict[str, str]) -> dict[str, str]:
+    titles = {chart.name: chart.title for chart in report.charts}
+    chosen: dict[str, str] = {}
+    for name, file in plots.items():
+        if file.endswith((".svg", ".png")):
+            chosen.setdefault(titles[name.split(".")[0]], file)
+    return chosen
+
+
+def _listing(results: Results, files: dict[str, str], counts: dict[str, int]) -> dict[str, tuple[str, int]]:
+    listed: dict[str, tuple[str, int]] = {}
+    for section in results.row_sets():
+        file = _row_file(results.report, section).file
+        names = sorted({name for name in files.values() if name.rsplit(".", 1)[0] == file})
+        suffixes = "|".join(name.rsplit(".", 1)[1] for name in names)
+        listed[section] = (f"{file}.{suffixes}" if suffixes else file, counts[section])
+    return listed
+
+
+__all__ = ["CHART_FORMATS", "DEFAULT_ROWS", "plain", "run_report"]
