@@ -18,7 +18,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -29,13 +28,12 @@ from ..engine.optimizer import (
     AdamReplay,
     UnsupportedOptimizer,
     check_supported,
-    numeric_environment,
     parameter_groups,
 )
 from ..engine.tap import CapturedStep, OptimizerTap, StateKind
 from ..lake import Lake
 from ..lake.names import canonical_json
-from .runs import RecordingError, RunInfo, model_parameters, register_run
+from .runs import RecordingError, RunInfo, describe_run, model_parameters, register_run
 from .trace_writer import PendingStep, TraceWriter, live_state
 
 STORES = ("exact", "full")
@@ -99,13 +97,7 @@ class Recorder:
 
     def _begin(self, run: str, store: str, info: RunInfo) -> TraceWriter:
         _, group_of = parameter_groups(self._model, self._optimizer)
-        optimizer = {"class": f"{type(self._optimizer).__module__}.{type(self._optimizer).__qualname__}"}
-        described = replace(
-            info,
-            store=store,
-            anchor_every=self._anchor_every,
-            optimizer={**optimizer, "environment": numeric_environment()},
-        )
+        described = describe_run(info, self._optimizer, store, self._anchor_every)
         register_run(self.lake, run, described, model_parameters(self._model, group_of))
         state = live_state(self._model, self._optimizer)
         replay = None

@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import LakebedError
 from ..engine.adapters import Adapter, load_adapter
+from ..engine.optimizer import numeric_environment
 from ..lake import Lake, Unit
 from ..lake.datasets import RUN
 from ..lake.names import canonical_json
@@ -47,6 +48,17 @@ class RunInfo:
             "seed": self.seed,
             "parent": [self.parent_run, self.parent_step],
         }
+
+
+def describe_run(info: RunInfo, optimizer: torch.optim.Optimizer, store: str, anchor_every: int) -> RunInfo:
+    """Adds how the run is recorded: the optimizer's class, and what may change the last bit of its update."""
+    kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    return replace(
+        info,
+        store=store,
+        anchor_every=anchor_every,
+        optimizer={"class": kind, "environment": numeric_environment()},
+    )
 
 
 def register_run(lake: Lake, run: str, info: RunInfo, parameters: list[dict[str, Any]]) -> None:

@@ -50,7 +50,9 @@ class StateReader:
         parameters = lake.table("parameters", run).sort("position").collect().to_dicts()
         self._dtypes = {row["parameter"]: getattr(torch, row["dtype"]) for row in parameters}
         self._group_of = {
-            row["parameter"]: row["optimizer_group"] for row in parameters if row["optimizer_group"] is not None
+            row["parameter"]: row["optimizer_group"]
+            for row in parameters
+            if row["optimizer_group"] is not None
         }
 
     @property
@@ -67,10 +69,31 @@ class StateReader:
                 f"more with `lakebed trace --run {self.run} --from-step {self.steps[-1] if self.steps else 0} --num-steps N`"
             )
 
+    def is_replayed(self, step: int) -> bool:
+        """Whether a step's state is computed from the trace rather than stored."""
+        return bool(self._steps[step]["state"] == "replayed")
+
     def identity(self, step: int) -> str:
         """Content hash of the state at `step`."""
         self.require([step])
         return str(self._steps[step]["sha256"])
+
+    def loop_state(self, step: int) -> tuple[dict[str, Any] | None, Tensor | None]:
+        """What the training loop logged of itself after `step`, and torch's CPU generator then; None where unknown."""
+        self.require([step])
+        text = self._steps[step]["loop_state"]
+        if text is None:
+            return None, None
+        # The generator is written when it changed, and at the start of every block.
+        held = next(
+            (self._steps[at]["rng_state"] for at in range(step, -1, -1) if self._rng_at(at) is not None), None
+        )
+        rng = None if held is None else torch.frombuffer(bytearray(held), dtype=torch.uint8)
+        return json.loads(text), rng
+
+    def _rng_at(self, step: int) -> bytes | None:
+        row = self._steps.get(step)
+        return None if row is None else row["rng_state"]
 
     def read(self, step: int) -> State:
         """The state at one step."""
@@ -97,7 +120,13 @@ class StateReader:
                 pass
             at = step
             yield State(
-                step, replay.weights, replay.exp_avg, replay.exp_avg_sq, dict(replay.step_counts), True, self.identity(step)
+                step,
+                replay.weights,
+                replay.exp_avg,
+                replay.exp_avg_sq,
+                dict(replay.step_counts),
+                True,
+                self.identity(step),
             )
 
     def verify_replay(self, start: int, stop: int) -> int:
@@ -162,7 +191,8 @@ class StateReader:
         rows = self._training_rows(start, stop)
         skipped = self._without_gradient(start, stop)
         tensors = {
-            name: self.lake.tensor("gradients", name, self.run) for name in self.lake.axes.names(self.run, "gradients")
+            name: self.lake.tensor("gradients", name, self.run)
+            for name in self.lake.axes.names(self.run, "gradients")
         }
         # A block of steps at a time: what a chunk holds is decoded once, and memory stays flat.
         size = max((tensor.layout.chunk_rows for tensor in tensors.values()), default=1)
@@ -202,7 +232,9 @@ class StateReader:
             .to_dicts()
         )
         if [row["step"] for row in rows] != list(range(start, stop + 1)):
-            raise MissingData(f"run {self.run!r} lacks recorded steps between {start} and {stop}: run `lakebed verify`")
+            raise MissingData(
+                f"run {self.run!r} lacks recorded steps between {start} and {stop}: run `lakebed verify`"
+            )
         return rows
 
     def _without_gradient(self, start: int, stop: int) -> set[tuple[int, str]]:
