@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from .. import LakebedError
 from .clipping import bits_equal, clip_coefficient
 from .update_terms import UpdateTerms, split_update
 
@@ -37,7 +38,7 @@ __all__ = [
 _FLOATS = ("learning_rate", "beta1", "beta2", "eps", "weight_decay")
 
 
-class OptimizerError(ValueError):
+class OptimizerError(LakebedError, ValueError):
     """An optimizer, or the parameters given to it, cannot be recorded as asked."""
 
 

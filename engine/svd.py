@@ -13,16 +13,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import LakebedError
+
 Component = Literal["attention_head", "mlp"]
 
 _NoConvergence: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
-class NonFiniteMatrix(ValueError):
+class NonFiniteMatrix(LakebedError, ValueError):
     """A matrix holds NaN or infinity, so it has no singular values."""
 
 
-class ZeroSpectrum(ValueError):
+class ZeroSpectrum(LakebedError, ValueError):
     """A matrix is zero: its effective rank and spectral mass are 0/0."""
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol
 
+from ... import LakebedError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BUILT_IN = {"symbolic_kv": "lakebed.engine.adapters.symbolic_kv"}
 
 
-class UnknownAdapter(ValueError):
+class UnknownAdapter(LakebedError):
     """No model family of that name is installed."""
 
 

@@ -13,10 +13,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ... import LakebedError
+
 SUFFIX = ".toml"
 
 
-class ConfigError(ValueError):
+class ConfigError(LakebedError, ValueError):
     """An unusable configuration, in one line: file, dotted key, what is wrong, what is allowed."""
 
 
