@@ -132,11 +132,19 @@ class OptimizerTap:
         sizes = tuple(len(group["params"]) for group in self._optimizer.param_groups)
         if (key := (*key, *sizes)) != self._group_key:
             self._parameters, self._group_of = parameter_groups(self._model, self._optimizer)
-            self._raw.attach(self._parameters)
+            # Every parameter of the model: one may join the optimizer between its backward and its first step.
+            self._raw.attach(dict(self._model.named_parameters()))
             self._group_key = key
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._pending is not None and not self._replayable and not self._raw.seen:
+            self._pending.nested += (
+                1  # an optimizer whose own step calls its base class's: one step, two hooks
+            )
+            return
         self._refresh_parameters()
+        if self._replayable and getattr(optimizer, "grad_scale", None) is not None:
+            raise UnsupportedOptimizer(optimizer, "the gradient scaler divides gradients inside the step")
         pending = _PendingStep(self._step_counts())
         if self._want_state("before"):
             pending.before = self._copy_state(pending)
@@ -148,9 +156,13 @@ class OptimizerTap:
         self._pending = pending
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:  # attached from inside a step
             return
+        if pending.nested:
+            pending.nested -= 1
+            return
+        self._pending = None
         if pending.gradients is None:
             self._capture_gradients(pending)
         counts = self._step_counts()
@@ -258,6 +270,7 @@ class _PendingStep:
     before: TrainingState | None = None
     after: TrainingState | None = None
     release: list[Callable[[], None]] = field(default_factory=list)
+    nested: int = 0
 
 
 class _Buffers:
@@ -305,7 +318,7 @@ class _RawGradients:
         self._pool = pool
         self._buffers = pool.take()
         self._on_device = _Buffers()  # one set is enough: it is read out before the step ends
-        self._seen: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -326,8 +339,8 @@ class _RawGradients:
 
     def take(self, used: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], _Buffers]:
         """The raw gradients of this step's parameters, in ``used``'s order, and the buffers they live in."""
-        buffers, seen = self._buffers, self._seen
-        self._buffers, self._seen = self._pool.take(), {}
+        buffers, seen = self._buffers, self.seen
+        self._buffers, self.seen = self._pool.take(), {}
         raw = {
             name: seen[name] if name in seen else buffers.copy(f"raw {name}", g) for name, g in used.items()
         }
@@ -340,7 +353,7 @@ class _RawGradients:
             gradient = parameter.grad
             if gradient is not None and not gradient.is_sparse:
                 buffers = self._buffers if gradient.is_cpu else self._on_device
-                self._seen[name] = buffers.copy(key, gradient.detach())
+                self.seen[name] = buffers.copy(key, gradient.detach())
 
         return copy
 
