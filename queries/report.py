@@ -71,6 +71,8 @@ class Report(BaseModel):
     how_to_read: ClassVar[Sequence[str]] = ()
     next_queries: ClassVar[Sequence[tuple[str, str]]] = ()
     example: ClassVar[str] = ""
+    # Options of the report in `lakebed demo`, for those that have required ones.
+    demo_options: ClassVar[Mapping[str, Any]] = {}
 
     run: str | None = Field(None, description="run to report on; may be left out when the lake has only one")
     steps: str | None = Field(
