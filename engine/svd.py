@@ -213,7 +213,9 @@ def _jacobi_svd(matrix: Tensor, sweeps: int = 60) -> SVD:
     if matrix.shape[0] < matrix.shape[1]:
         flipped = _jacobi_svd(matrix.mT, sweeps)
         return SVD(flipped.Vh.mT, flipped.S, flipped.U.mT)
-    basis, core = torch.linalg.qr(matrix)
+    peak = matrix.abs().max()
+    peak = torch.where(peak > 0, peak, 1.0)  # squares of the scaled entries neither overflow nor vanish
+    basis, core = torch.linalg.qr(matrix / peak)
     n = core.shape[1]
     columns, V = core.clone(), torch.eye(n, dtype=core.dtype, device=core.device)
     tiny = torch.finfo(core.dtype).eps * core.norm() / 8
@@ -239,7 +241,7 @@ def _jacobi_svd(matrix: Tensor, sweeps: int = 60) -> SVD:
     # QR of orthogonal columns gives them back normalised, up to sign, and completes the zero ones.
     U, R = torch.linalg.qr(columns)
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0)
-    return SVD(basis @ (U * sign), S, V.mT)
+    return SVD(basis @ (U * sign), S * peak, V.mT)
 
 
 def _tournament(n: int) -> list[tuple[Tensor, Tensor]]:

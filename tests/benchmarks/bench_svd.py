@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 
 import torch
-
 from lakebed.engine.svd import product_svd, qk_factors, split_heads
 
 
