@@ -13,26 +13,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import codec
+from .errors import CorruptFile
 from .storage import Storage
 
 if TYPE_CHECKING:
     from .lake import Lake
 
 _COORDINATE_CHUNK = 65536
-# Where this process found the axis to end, so that a long recording does not list its claims again and again.
+# Where this process found the axis to end, so that a long recording does not list its claims again and again; by
+# lake id, since another lake may come to stand at the same path.
 _ENDS: dict[tuple[str, str, str], int] = {}
 
 
-def claim_rows(storage: Storage, run: str, quantity: str, count: int, block_rows: int) -> int:
+def claim_rows(storage: Storage, lake_id: str, run: str, quantity: str, count: int, block_rows: int) -> int:
     """Reserves `count` rows, rounded up to whole blocks; returns the first row, a multiple of `block_rows`."""
     size = -(-count // block_rows) * block_rows
     folder = f"rows/{run}/{quantity}"
-    first = _ENDS.get((storage.uri, run, quantity))
+    first = _ENDS.get((lake_id, run, quantity))
     if first is None:
         first = axis_end(storage, run, quantity)
     while not storage.create(f"{folder}/{first:012d}", json.dumps({"rows": size}).encode()):
         first = max(axis_end(storage, run, quantity), first + block_rows)
-    _ENDS[storage.uri, run, quantity] = first + size
+    _ENDS[lake_id, run, quantity] = first + size
     return first
 
 
@@ -42,7 +44,13 @@ def axis_end(storage: Storage, run: str, quantity: str) -> int:
     claims = storage.names(folder)
     if not claims:
         return 0
-    return int(claims[-1]) + int(json.loads(storage.read(f"{folder}/{claims[-1]}"))["rows"])
+    try:
+        return int(claims[-1]) + int(json.loads(storage.read(f"{folder}/{claims[-1]}"))["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(
+            f'{folder}/{claims[-1]} is damaged: a claim is named after its first row and holds {{"rows": N}}; restore '
+            "it from a copy of the lake"
+        ) from error
 
 
 def publish(lake: Lake, run: str | None = None) -> None:
@@ -77,7 +85,11 @@ def _publish_quantity(lake: Lake, run: str, quantity: str) -> None:
 
 
 def _set_rows(lake: Lake, key: str, rows: int) -> None:
-    metadata = lake.storage.read(key)
+    try:
+        metadata = lake.storage.read(key)
+    except FileNotFoundError:
+        return  # the folder of an array whose writer was killed before it wrote anything
+    codec.layout_of(metadata, key.removesuffix("/zarr.json"))
     value = json.loads(metadata)
     # Coordinates other than step (layer, head, rank) have no step axis.
     if value["dimension_names"][0] == "step" and value["shape"][0] != rows:

@@ -150,8 +150,38 @@ def layout_of(metadata: bytes, key: str) -> tuple[Layout, dict[str, Any]]:
         value = json.loads(metadata)
         shape, chunks = value["shape"], value["chunk_grid"]["configuration"]["chunk_shape"]
         layout = Layout(tuple(shape[1:]), np.dtype(value["data_type"]), chunks[0], tuple(chunks[1:]))
-    except (ValueError, KeyError, TypeError) as error:
+        _require_format(value, layout)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CorruptFile(
-            f"{key}/zarr.json is damaged ({type(error).__name__}): run `lakebed catalog` to write it again"
+            f"{key}/zarr.json is damaged ({error or type(error).__name__}): restore it from a copy of the lake; "
+            "`lakebed verify` lists every damaged file"
         ) from error
     return layout, value.get("attributes", {})
+
+
+def _require_format(value: Mapping[str, Any], layout: Layout) -> None:
+    """Raises ValueError unless chunks are cut, named and encoded the one way this module reads."""
+    if value["zarr_format"] != 3 or value["node_type"] != "array":
+        raise ValueError("it is not a Zarr 3 array")
+    sizes = (*value["shape"], layout.chunk_rows, *layout.chunk_cells)
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ValueError("a shape that is no list of sizes")
+    if len(layout.chunk_cells) != len(layout.row_shape) or min(layout.chunk_rows, *layout.chunk_cells, 1) < 1:
+        raise ValueError("its chunks do not fit its shape")
+    keys = value["chunk_key_encoding"]
+    if keys["name"] != "default" or keys["configuration"]["separator"] != "/":
+        raise ValueError("its chunks are named another way")
+    if value["chunk_grid"]["name"] != "regular":
+        raise ValueError("its chunks are cut another way")
+    order, compressor, _ = codecs = value["codecs"]
+    if [codec["name"] for codec in codecs] != ["bytes", "blosc", "crc32c"]:
+        raise ValueError("its chunks are encoded another way")
+    settings = compressor["configuration"]
+    if order.get("configuration", {}).get("endian", "little") != "little":
+        raise ValueError("its bytes are in another order")
+    if (settings["cname"], settings["shuffle"], settings["typesize"]) != (
+        "zstd",
+        "bitshuffle",
+        layout.dtype.itemsize,
+    ):
+        raise ValueError("its chunks are compressed another way")

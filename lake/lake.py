@@ -141,7 +141,7 @@ class Lake:
 
     def claim_rows(self, run: str, quantity: str, count: int, block_rows: int) -> int:
         """Reserves rows of a quantity's step axis for one writer; returns the first, a multiple of `block_rows`."""
-        return claim_rows(self.storage, run, quantity, count, block_rows)
+        return claim_rows(self.storage, self.id, run, quantity, count, block_rows)
 
     def block_rows(self, run: str, quantity: str) -> int | None:
         """Rows that units of a quantity claim at a time; None if nothing was written yet."""

@@ -135,16 +135,31 @@ class Receipt:
         return parquet_bytes(pa.Table.from_pylist([row], schema=TABLES["extractions"].arrow_schema()))
 
     @classmethod
-    def from_parquet(cls, run: str, data: bytes) -> Receipt:
-        """Reads a receipt back; pages are checked against their checksums."""
-        row = pq.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist()[0]
-        row["steps"] = tuple(row["steps"])
-        row["files"] = tuple(FileEntry(**entry) for entry in row["files"])
-        row["tensors"] = tuple(
-            TensorEntry(entry["quantity"], entry["first_row"], tuple(entry["steps"]), tuple(entry["names"]))
-            for entry in row["tensors"]
-        )
-        return cls(run=run, **row)
+    def from_parquet(cls, run: str, data: bytes, path: str) -> Receipt:
+        """Reads a receipt back, its pages against their checksums; raises CorruptFile naming `path`."""
+        try:
+            # pyarrow does not look at the first bytes, other readers do.
+            if data[:4] != b"PAR1":
+                raise ValueError("it does not begin like a Parquet file")
+            table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+            if table.schema.remove_metadata() != TABLES["extractions"].arrow_schema():
+                raise ValueError("its columns are not those of a receipt")
+            (row,) = table.to_pylist()
+            row["steps"] = tuple(row["steps"])
+            row["files"] = tuple(FileEntry(**entry) for entry in row["files"])
+            row["tensors"] = tuple(
+                TensorEntry(
+                    entry["quantity"], entry["first_row"], tuple(entry["steps"]), tuple(entry["names"])
+                )
+                for entry in row["tensors"]
+            )
+            return cls(run=run, **row)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CorruptFile(
+                f"receipt {path} is damaged ({reason}): remove it and run the same extraction again; what it "
+                "covered will be made anew"
+            ) from error
 
 
 def receipt_key(run: str, unit: str) -> str:
@@ -187,14 +202,9 @@ class ReceiptIndex:
     def _read(self, key: tuple[str, str]) -> Receipt | None:
         path = receipt_key(*key)
         try:
-            return Receipt.from_parquet(key[0], self._storage.read(path))
+            return Receipt.from_parquet(key[0], self._storage.read(path), path)
         except FileNotFoundError:
             return None
-        except (pa.ArrowException, OSError, KeyError, IndexError, TypeError) as error:
-            raise CorruptFile(
-                f"receipt {path} is damaged ({type(error).__name__}): remove it and run the same extraction again; "
-                "what it covered will be made anew"
-            ) from error
 
     def get(self, run: str, unit: str) -> Receipt | None:
         """The receipt of one unit, read from storage if need be."""

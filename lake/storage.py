@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import fsspec
+import google_crc32c
 from fsspec.implementations.local import LocalFileSystem
 
 from .errors import LakeNotFound, StorageFull
 
+_PIECE = 4 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -43,6 +45,15 @@ class Storage:
                 return file.read()
         data = self.fs.cat_file(f"{self.root}/{key}")
         return bytes(data)
+
+    def checksum(self, key: str) -> tuple[int, int]:
+        """Length and CRC-32C of `key`, read in pieces."""
+        path, length, checksum = f"{self.root}/{key}", 0, 0
+        with open(path, "rb", buffering=0) if self.local else self.fs.open(path, "rb") as file:
+            while piece := file.read(_PIECE):
+                length += len(piece)
+                checksum = google_crc32c.extend(checksum, piece)
+        return length, checksum
 
     def write(self, key: str, data: bytes) -> None:
         """Puts `data` under `key`, replacing what was there, atomically."""
