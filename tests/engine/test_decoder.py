@@ -1,0 +1,282 @@
+"""The decoder against an independent float64 computation, its parameters by name, and its interventions."""
+
+import math
+from math import erf
+
+import numpy as np
+import pytest
+import torch
+from lakebed.engine.config import load_config
+from lakebed.engine.decoder import Interventions, SymbolicKVDecoder, residual_stages
+from lakebed.engine.training import TrainingLoop
+from torch import nn
+
+SMALL_SIZES = {
+    split: {"num_samples": 16}
+    for split in ("train", "validation_iid", "test_iid", "heldout_pairs", "structural_ood", "counterfactual")
+}
+SMALL_MODEL = {"d_model": 24, "n_layers": 2, "n_heads": 3, "d_ff": 40, "embedding_std": 0.5}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small model whose every parameter has moved, LayerNorm gains and biases included."""
+    config = load_config(
+        "formation",
+        batch_size=8,
+        benchmark=SMALL_SIZES,
+        model=SMALL_MODEL,
+        optimization={"learning_rate": 0.02, "warmup_steps": 0},
+    )
+    loop = TrainingLoop(config)
+    for _ in range(6):
+        loop.train_step()
+    loop.model.eval()
+    return loop
+
+
+@pytest.fixture
+def batch(trained):
+    # Streams of 68 to 83 tokens, so that rows are padded.
+    batch = trained.encoded("structural_ood").batch(torch.arange(5))
+    assert not batch.attention_mask.all()
+    return batch
+
+
+def reference_forward(state, tokens, n_layers, n_heads):
+    """Logits and stages of one stream, position by position and head by head, in float64."""
+    weights = {name: value.double().numpy() for name, value in state.items()}
+    width = weights["token_embedding.weight"].shape[1]
+    d_head = width // n_heads
+
+    def layer_norm(x, name):
+        centred = x - sum(x) / len(x)
+        spread = math.sqrt(float(centred @ centred) / len(x) + 1e-5)
+        return centred / spread * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(x, name):
+        return np.array([row @ x for row in weights[f"{name}.weight"]]) + weights[f"{name}.bias"]
+
+    embedding = weights["token_embedding.weight"]
+    stream = [
+        embedding[token] + weights["position_embedding.weight"][place] for place, token in enumerate(tokens)
+    ]
+    stages = {"embedding": list(stream)}
+    attention = np.zeros((n_layers, n_heads, len(tokens), len(tokens)))
+    for layer in range(n_layers):
+        block = f"blocks.{layer}"
+        read = [layer_norm(x, f"{block}.ln_1") for x in stream]
+        queries, keys, values = (
+            [linear(x, f"{block}.attn.{part}_proj").reshape(n_heads, d_head) for x in read] for part in "qkv"
+        )
+        for place in range(len(tokens)):
+            heads = []
+            for head in range(n_heads):
+                scores = [
+                    float(queries[place][head] @ keys[past][head]) / d_head**0.5 for past in range(place + 1)
+                ]
+                exponentials = [math.exp(score - max(scores)) for score in scores]
+                probabilities = [part / sum(exponentials) for part in exponentials]
+                attention[layer, head, place, : place + 1] = probabilities
+                heads.append(sum(p * values[past][head] for past, p in enumerate(probabilities)))
+            stream[place] = stream[place] + linear(np.concatenate(heads), f"{block}.attn.out_proj")
+        stages[f"layer_{layer}_post_attn"] = list(stream)
+        for place in range(len(tokens)):
+            hidden = linear(layer_norm(stream[place], f"{block}.ln_2"), f"{block}.ff.fc_in")
+            hidden = np.array([0.5 * a * (1 + erf(a / 2**0.5)) for a in hidden])
+            stream[place] = stream[place] + linear(hidden, f"{block}.ff.fc_out")
+        stages[f"layer_{layer}_post_mlp"] = list(stream)
+    stages["final_norm"] = [layer_norm(x, "final_norm") for x in stream]
+    logits = np.array([embedding @ x for x in stages["final_norm"]])
+    return logits, {stage: np.array(values) for stage, values in stages.items()}, attention
+
+
+def test_logits_stages_and_attention_are_those_of_an_independent_float64_computation(trained, batch):
+    model = trained.model
+    output = model.run(batch.token_ids, batch.attention_mask, return_stages=True, return_attention=True)
+    for row in (0, 3):
+        length = int(batch.attention_mask[row].sum())
+        tokens = batch.token_ids[row, :length].tolist()
+        logits, stages, attention = reference_forward(model.state_dict(), tokens, 2, 3)
+        assert np.abs(output.logits[row, :length].detach().numpy() - logits).max() < 2e-4
+        assert list(output.stages) == list(stages) == list(model.stages)
+        for stage, values in stages.items():
+            assert np.abs(output.stages[stage][row, :length].detach().numpy() - values).max() < 1e-4, stage
+        captured = output.attention[:, row, :, :length, :length].detach().numpy()
+        assert np.abs(captured - attention).max() < 1e-5
+
+
+def test_explicit_softmax_equals_the_fused_kernel(trained, batch):
+    model = trained.model
+    fused = model(batch.token_ids, batch.attention_mask)
+    explicit = model.run(batch.token_ids, batch.attention_mask, return_attention=True)
+    ones = Interventions(
+        head_mask=torch.ones(2, 3), mlp_mask=torch.ones(2), neuron_mask=torch.ones(2, SMALL_MODEL["d_ff"])
+    )
+    masked = model.run(batch.token_ids, batch.attention_mask, interventions=ones)
+    kept = batch.attention_mask
+    torch.testing.assert_close(explicit.logits[kept], fused[kept], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(masked.logits[kept], fused[kept], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(explicit.attention.sum(dim=-1), torch.ones(explicit.attention.shape[:-1]))
+    assert explicit.attention.triu(1).abs().max() == 0
+
+
+def test_padding_and_the_future_are_invisible(trained, batch):
+    model = trained.model
+    logits = model(batch.token_ids, batch.attention_mask)
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    for row, length in enumerate(lengths):
+        alone = model(batch.token_ids[row : row + 1, :length])
+        torch.testing.assert_close(logits[row, :length], alone[0], rtol=1e-4, atol=1e-4)
+    changed = batch.token_ids.clone()
+    changed[:, 40:] = 11
+    assert torch.equal(model(changed)[:, :40], model(changed.clone())[:, :40])
+    torch.testing.assert_close(model(changed)[:, :40], model(batch.token_ids)[:, :40], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(model(changed)[:, 41], model(batch.token_ids)[:, 41], atol=1e-2)
+
+
+def test_a_hidden_key_takes_no_attention(trained, batch):
+    hidden = batch.attention_mask.clone()
+    hidden[:, 5] = False
+    attention = trained.model.run(batch.token_ids, hidden, return_attention=True).attention
+    assert attention[..., 5].abs().max() == 0
+    fused, plain = (
+        trained.model(batch.token_ids, hidden),
+        trained.model(batch.token_ids, batch.attention_mask),
+    )
+    assert torch.equal(fused[:, :5], plain[:, :5])
+    assert not torch.allclose(fused[:, 6], plain[:, 6], atol=1e-3)
+
+
+def test_base_model_has_626048_parameters_in_52_tensors_named_as_published():
+    config = load_config("formation")
+    model = SymbolicKVDecoder(config.model, config.benchmark.vocabulary_size)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {"token_embedding.weight": (146, 128), "position_embedding.weight": (96, 128)}
+    for layer in range(3):
+        block = f"blocks.{layer}"
+        for norm in ("ln_1", "ln_2"):
+            expected |= {f"{block}.{norm}.weight": (128,), f"{block}.{norm}.bias": (128,)}
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            name = f"{block}.attn.{projection}"
+            expected |= {f"{name}.weight": (128, 128), f"{name}.bias": (128,)}
+        expected |= {f"{block}.ff.fc_in.weight": (512, 128), f"{block}.ff.fc_in.bias": (512,)}
+        expected |= {f"{block}.ff.fc_out.weight": (128, 512), f"{block}.ff.fc_out.bias": (128,)}
+    expected |= {"final_norm.weight": (128,), "final_norm.bias": (128,)}
+    assert shapes == expected
+    assert len(shapes) == 52
+    assert sum(math.prod(shape) for shape in shapes.values()) == 626_048
+    state = model.state_dict()
+    assert set(state) == {*shapes, "lm_head.weight"}
+    assert state["lm_head.weight"].data_ptr() == state["token_embedding.weight"].data_ptr()
+
+
+def test_weights_are_drawn_in_the_published_order_and_scaled_only_by_embedding_std():
+    config = load_config("formation", model=SMALL_MODEL | {"embedding_std": 1.0}).model
+    torch.manual_seed(3)
+    model = SymbolicKVDecoder(config, 30)
+    after = torch.rand(4)
+    torch.manual_seed(3)
+    token = torch.randn(30, 24)
+    position = torch.randn(96, 24)
+    assert torch.equal(model.token_embedding.weight, token)
+    assert torch.equal(model.position_embedding.weight, position)
+    for block in model.blocks:
+        for linear in (
+            *(getattr(block.attn, f"{part}_proj") for part in ("q", "k", "v", "out")),
+            block.ff.fc_in,
+        ):
+            expected = nn.Linear(linear.in_features, linear.out_features)
+            assert torch.equal(linear.weight, expected.weight)
+            assert torch.equal(linear.bias, expected.bias)
+        assert torch.equal(block.ff.fc_out.weight, nn.Linear(40, 24).weight)
+    nn.Linear(24, 30, bias=False)
+    assert torch.equal(after, torch.rand(4))
+    torch.manual_seed(3)
+    scaled = SymbolicKVDecoder(config.model_copy(update={"embedding_std": 0.25}), 30)
+    assert torch.equal(scaled.token_embedding.weight, token * 0.25)
+    assert torch.equal(scaled.position_embedding.weight, position * 0.25)
+    assert torch.equal(scaled.blocks[1].ff.fc_in.weight, model.blocks[1].ff.fc_in.weight)
+
+
+def test_masks_remove_exactly_what_they_name(trained, batch):
+    model, tokens = trained.model, batch.token_ids
+    clean = model.run(tokens, return_stages=True).stages
+
+    def stages(**masks):
+        return model.run(tokens, interventions=Interventions(**masks), return_stages=True).stages
+
+    no_mlp = stages(mlp_mask=torch.tensor([0.0, 1.0]))
+    assert torch.equal(no_mlp["layer_0_post_mlp"], no_mlp["layer_0_post_attn"])
+    assert not torch.equal(no_mlp["layer_1_post_mlp"], no_mlp["layer_1_post_attn"])
+    head = torch.ones(2, 3)
+    head[1, 2] = 0
+    without = stages(head_mask=head)
+    write = clean["layer_1_post_attn"] - without["layer_1_post_attn"]
+    attention = model.blocks[1].attn
+    own = slice(16, 24)
+    # What vanished lies in the span of the head's own output columns.
+    basis = torch.linalg.qr(attention.out_proj.weight[:, own]).Q
+    torch.testing.assert_close(write @ basis @ basis.T, write, rtol=1e-3, atol=1e-4)
+    assert write.abs().max() > 1e-2
+    torch.testing.assert_close(without["layer_0_post_mlp"], clean["layer_0_post_mlp"], rtol=1e-4, atol=1e-4)
+    neurons = torch.ones(2, 40)
+    neurons[0, 7] = 0
+    lost = clean["layer_0_post_mlp"] - stages(neuron_mask=neurons)["layer_0_post_mlp"]
+    block = model.blocks[0]
+    activation = nn.functional.gelu(block.ff.fc_in(block.ln_2(clean["layer_0_post_attn"])))[..., 7:8]
+    torch.testing.assert_close(lost, activation * block.ff.fc_out.weight[:, 7], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", residual_stages(2))
+def test_a_residual_patch_replaces_the_stage_and_everything_after_follows(trained, batch, stage):
+    model = trained.model
+    other = model.run(batch.token_ids.flip(0), return_stages=True)
+    patched = model.run(
+        batch.token_ids,
+        interventions=Interventions(residual_patches={stage: other.stages[stage]}),
+        return_stages=True,
+    )
+    assert torch.equal(patched.stages[stage], other.stages[stage])
+    assert torch.equal(patched.logits, other.logits)
+    earlier = model.stages[: model.stages.index(stage)]
+    clean = model.run(batch.token_ids, return_stages=True)
+    assert all(torch.equal(patched.stages[name], clean.stages[name]) for name in earlier)
+
+
+def test_the_lens_at_the_end_is_the_models_own_readout(trained, batch):
+    model = trained.model
+    output = model.run(batch.token_ids, return_stages=True)
+    for stage in ("layer_1_post_mlp", "final_norm"):
+        assert torch.equal(model.lens(stage, output.stages[stage]), output.logits)
+    assert not torch.allclose(model.lens("embedding", output.stages["embedding"]), output.logits, atol=0.1)
+
+
+def test_what_does_not_fit_is_refused(trained):
+    model = trained.model
+    with pytest.raises(ValueError, match="a stream of 97 tokens exceeds max_seq_len 96"):
+        model(torch.ones(1, 97, dtype=torch.long))
+    patches = Interventions(residual_patches={"layer_2_post_mlp": torch.zeros(1, 3, 24)})
+    with pytest.raises(
+        ValueError, match="no residual stage 'layer_2_post_mlp'; stages: embedding, layer_0_post_attn"
+    ):
+        model.run(torch.ones(1, 3, dtype=torch.long), interventions=patches)
+    with pytest.raises(ValueError, match="no residual stage 'logits'"):
+        model.lens("logits", torch.zeros(1, 3, 24))
+
+
+def test_dropout_acts_in_training_only_and_at_its_three_places():
+    config = load_config("formation", model=SMALL_MODEL | {"dropout": 0.5}).model
+    torch.manual_seed(0)
+    model = SymbolicKVDecoder(config, 30)
+    tokens = torch.randint(1, 30, (2, 20))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    stages = model.run(tokens, return_stages=True).stages
+    assert (stages["embedding"] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    mlp_write = stages["layer_0_post_mlp"] - stages["layer_0_post_attn"]
+    assert (mlp_write.abs() < 1e-7).float().mean() == pytest.approx(0.5, abs=0.1)
+    block = model.blocks[0]
+    twice = [block.attn(stages["embedding"], None)[0] for _ in range(2)]
+    assert not torch.allclose(*twice)
