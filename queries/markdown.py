@@ -67,7 +67,7 @@ def render(
     charts: Mapping[str, str],
     files: Mapping[str, tuple[str, int]],
 ) -> str:
-    """The whole document. `charts` are image files by title, `files` (file, rows) by row set."""
+    """The whole document. `charts` are image files by title, `files` (suffixes, rows) by row file."""
     report = results.report
     parts = [
         f"# {report.report_name()}: run {results.run}",
@@ -83,7 +83,7 @@ def render(
     if report.how_to_read:
         parts.append("## How to read this\n\n" + "\n".join(f"- {line}" for line in report.how_to_read))
     listed = "\n".join(
-        f"- `{name}`: {count:,} rows of `{section}`" for section, (name, count) in files.items()
+        f"- `{file}` ({suffixes}): {count:,} rows" for file, (suffixes, count) in files.items()
     )
     parts.append(f"## Rows\n\n{listed}")
     if report.next_queries:

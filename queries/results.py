@@ -84,7 +84,7 @@ class Results:
         """One section as a Polars frame."""
         if not re.fullmatch(r"\w+", name) or name not in self._made:
             raise KeyError(f"no section {name!r}; there are {', '.join(self._made)}")
-        frame: pl.DataFrame = self._execute(f"FROM {name}", set(), {}).pl()
+        frame: pl.DataFrame = self.lake.session.connection.sql(f"FROM {name}").pl()
         return frame
 
     def columns(self, name: str) -> dict[str, str]:

@@ -141,9 +141,9 @@ def _listing(results: Results, files: dict[str, str], counts: dict[str, int]) ->
     listed: dict[str, tuple[str, int]] = {}
     for section in results.row_sets():
         file = _row_file(results.report, section).file
-        names = sorted({name for name in files.values() if name.rsplit(".", 1)[0] == file})
-        suffixes = "|".join(name.rsplit(".", 1)[1] for name in names)
-        listed[section] = (f"{file}.{suffixes}" if suffixes else file, counts[section])
+        names = {name for name in files.values() if name.rsplit(".", 1)[0] == file}
+        suffixes = ", ".join(name.rsplit(".", 1)[1] for name in sorted(names))
+        listed[file] = (suffixes, counts[section])
     return listed
 
 

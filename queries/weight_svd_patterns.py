@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
@@ -37,7 +38,7 @@ class WeightSVDPatterns(Report):
         ("W_QK", "W_OV", "W_in", "W_out"), min_length=1, description="matrix to report on"
     )
 
-    row_files = {
+    row_files: ClassVar[Mapping[str, RowFile]] = {
         "matrix_summary": RowFile("weight_svd_matrix_summary", "matrix_summary_rows", "matrix_summary_csv"),
         "vector_alignment": RowFile("weight_svd_vector_alignment", "vector_alignment_rows"),
         "direction_birth": RowFile("weight_svd_direction_births", "direction_birth_rows"),
@@ -102,9 +103,9 @@ class WeightSVDPatterns(Report):
         Trajectory(
             "growth",
             "growth_chart",
-            "Largest singular value σ₁ of each matrix",
+            "Largest singular value of each matrix",
             y="sigma1",
-            y_title="σ₁",
+            y_title="largest singular value",
             series="matrix_label",
         ),
         Trajectory(
@@ -131,9 +132,10 @@ class WeightSVDPatterns(Report):
         StackedBars(
             "coordination",
             "window_chart",
-            "When matrices grew together: Σ positive Δσ₁ per 100 steps",
+            "When matrices grew together",
+            about="rises of the largest singular value, summed over the matrices of each kind",
             y="growth",
-            y_title="Σ positive Δσ₁ per 100 steps",
+            y_title="growth per 100 steps",
         ),
     )
     how_to_read = (

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from ..lake import Lake
-from ..lake.datasets import SVD, SVD_MATRICES, Need
+from ..lake.datasets import SVD, Need
 from .chart import Trajectory
 from .markdown import number, percent
 from .report import Report, ReportFailed, RowFile, TextTable
 from .results import Results
-from .svd_options import Matrix
+from .svd_options import ALL_MATRICES, Matrix
 
 
 class WeightSVDTrace(Report):
@@ -22,9 +23,9 @@ class WeightSVDTrace(Report):
         None, description="write this many singular values per matrix; default all"
     )
     top_vector_ranks: PositiveInt = Field(1, description="write singular vectors of the ranks up to this one")
-    matrix: tuple[Matrix, ...] = Field(SVD_MATRICES, min_length=1, description="matrix to report on")
+    matrix: tuple[Matrix, ...] = Field(ALL_MATRICES, min_length=1, description="matrix to report on")
 
-    row_files = {
+    row_files: ClassVar[Mapping[str, RowFile]] = {
         "singular_value_rows": RowFile(
             "weight_svd_singular_values", "singular_values_jsonl", "singular_values_csv"
         ),
@@ -51,15 +52,16 @@ class WeightSVDTrace(Report):
         Trajectory(
             "sigma1",
             "trajectories",
-            "Largest singular value σ₁ of each weight matrix",
+            "Largest singular value of each weight matrix",
             y="sigma1",
-            y_title="σ₁",
+            y_title="largest singular value",
             series="matrix_label",
         ),
         Trajectory(
             "effective_rank",
             "trajectories",
-            "Effective rank (Σσ)² / Σσ² of each weight matrix",
+            "Effective rank of each weight matrix",
+            about="participation ratio of its singular values: (sum)² / sum of squares",
             y="effective_rank",
             y_title="effective rank (directions)",
             series="matrix_label",
@@ -69,7 +71,7 @@ class WeightSVDTrace(Report):
             "trajectories",
             "Share of the spectrum in the three largest singular values",
             y="spectral_mass_top3",
-            y_title="(σ₁+σ₂+σ₃) / Σσ",
+            y_title="share of the sum of singular values",
             series="matrix_label",
         ),
     )

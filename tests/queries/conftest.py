@@ -104,3 +104,132 @@ def svd(tmp_path: Path):
     made = make_svd_lake(tmp_path / "svd.lake", [250, 500, 750, 1500, 1750])
     yield made
     made.lake.close()
+
+
+def trace_tables(
+    steps, parameters=("embed", "blocks.0.w", "blocks.1.w", "head"), seed=3, examples=6, width=9
+):
+    """Rows of a trace whose tensors are drawn at random: the terms add up, the norms are those of the tensors."""
+    rng = np.random.default_rng(seed)
+    step_rows, batch_rows, update_rows = [], [], []
+    for number, step in enumerate(steps):
+        coefficient = float(np.float32(0.5 + 0.6 * rng.random()))
+        coefficient = min(1.0, coefficient)
+        raw_square = 0.0
+        for place, name in enumerate(parameters):
+            size = width + place
+            raw, current, momentum, decay, residual, weight = rng.normal(size=(6, size))
+            residual *= 1e-7
+            update = 0.01 * (current + momentum) - 1e-4 * decay + residual
+            raw_square += float(raw @ raw)
+            norms = {
+                "weight_l2_before": weight,
+                "weight_l2": weight + update,
+                "gradient_l2": raw,
+                "clipped_gradient_l2": coefficient * raw,
+                "delta_l2": update,
+                "exp_avg_l2": momentum,
+                "exp_avg_sq_l2": momentum**2,
+                "current_gradient_l2": 0.01 * current,
+                "momentum_l2": 0.01 * momentum,
+                "weight_decay_l2": 1e-4 * decay,
+                "residual_l2": residual,
+                "raw_sgd_l2": 1e-3 * raw,
+                "clipped_sgd_l2": 1e-3 * coefficient * raw,
+            }
+            update_rows.append(
+                {name: float(np.linalg.norm(tensor)) for name, tensor in norms.items()}
+                | {
+                    "step": step,
+                    "parameter": name,
+                    "numel": size,
+                    "has_gradient": True,
+                    "optimizer_step": step,
+                    "nonfinite_gradient_entries": 0,
+                    "gradient_max_abs": float(abs(raw).max()),
+                    "delta_max_abs": float(abs(update).max()),
+                    "update_dot_negative_gradient": float(-update @ raw),
+                    "update_dot_negative_clipped_gradient": float(-coefficient * (update @ raw)),
+                    "update_gradient_cosine": float(
+                        -update @ raw / np.linalg.norm(update) / np.linalg.norm(raw)
+                    ),
+                    "current_gradient_dot_update": float(0.01 * current @ update),
+                    "momentum_dot_update": float(0.01 * momentum @ update),
+                    "weight_decay_dot_update": float(-1e-4 * decay @ update),
+                    "residual_dot_update": float(residual @ update),
+                }
+            )
+        step_rows.append(
+            {
+                "step": step,
+                "loss": 5.0 / (1 + number) + 0.01 * float(rng.normal()),
+                "token_accuracy": 0.1,
+                "learning_rate": 1e-3,
+                "pre_clip_grad_norm": raw_square**0.5,
+                "grad_clip_norm": 1.0,
+                "clip_coefficient": coefficient,
+                "batch_size": 2,
+                "nonfinite_gradient_entries": 0,
+                "seconds": 0.01,
+            }
+        )
+        ids = rng.choice(examples, 2, replace=False)
+        batch_rows.append({"step": step, "split": "train", "sample_ids": [f"train_{i:06d}" for i in ids]})
+    return step_rows, batch_rows, update_rows
+
+
+def make_trace_lake(path, steps, run="traced", change=None, **options):
+    """A lake with one trace; returns its rows beside it. `change(step_rows, batch_rows, update_rows)` edits them."""
+    step_rows, batch_rows, update_rows = trace_tables(steps, **options)
+    examples = [
+        {
+            "split": "train",
+            "sample_id": f"train_{i:06d}",
+            "position": i,
+            "tokens": ["W", "K00", "V001"],
+            "query_keys": [f"K{i:02d}"] * (1 + i % 2),
+            "answer_values": [f"V{i:03d}"] * (1 + i % 2),
+        }
+        for i in range(6)
+    ]
+    if change:
+        change(step_rows, batch_rows, update_rows)
+    names = list(dict.fromkeys(row["parameter"] for row in update_rows))
+    lake = Lake.open_or_create(path)
+    with lake.unit(Unit("run", run, "run")) as writer:
+        writer.rows("runs", [{"source": "train", "historical_replay": "exact", "store": "exact"}])
+        writer.rows("examples", examples)
+        writer.rows(
+            "parameters",
+            [
+                {
+                    "parameter": name,
+                    "position": i,
+                    "numel": 9 + i,
+                    "shape": [9 + i],
+                    "module": None if name == "head" else f"module {i}",
+                }
+                for i, name in enumerate(names)
+            ],
+        )
+    with lake.unit(Unit("trace", run, "trace", tuple(steps))) as writer:
+        writer.rows("training_steps", step_rows)
+        if batch_rows:
+            writer.rows("training_batches", batch_rows)
+        writer.rows("parameter_updates", update_rows)
+    return SimpleNamespace(
+        lake=lake,
+        run=run,
+        steps=list(steps),
+        step_rows=step_rows,
+        batch_rows=batch_rows,
+        update_rows=update_rows,
+    )
+
+
+@pytest.fixture
+def trace(tmp_path: Path):
+    """Eight recorded steps of four parameters."""
+    made = make_trace_lake(tmp_path / "trace.lake", range(1, 9))
+    yield made
+    made.lake.close()
