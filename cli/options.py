@@ -35,3 +35,34 @@ def steps_option(function: Function) -> Function:
         metavar="STEPS",
         help="Steps: 500, 250:5500 (those there are), 250:5500:250 (exactly those), first, last, all; joined by commas.",
     )(function)
+
+
+def threads_option(function: Function) -> Function:
+    """`--threads`."""
+    return click.option(
+        "--threads", type=click.IntRange(1), help="Threads torch may use [default: one per core, at most 8]."
+    )(function)
+
+
+def recording_options(function: Function) -> Function:
+    """What `train` and `trace` share."""
+    for option in (
+        threads_option,
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps."),
+        click.option(
+            "--anchor-every",
+            type=click.IntRange(1, 4096),
+            default=32,
+            show_default=True,
+            help="Steps between stored weights and moments; the rest is replayed, bit for bit.",
+        ),
+        click.option(
+            "--store",
+            type=click.Choice(["exact", "full"]),
+            default="exact",
+            show_default=True,
+            help="exact: gradients and anchors; full: weights and moments at every step too.",
+        ),
+    ):
+        function = option(function)
+    return function

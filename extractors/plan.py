@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +30,14 @@ class ExtractionResult:
 def extract(
     lake: Lake,
     run: str,
-    datasets: Mapping[str, Mapping[str, Any]],
+    needs: Sequence[Need],
     steps: str | None = None,
     progress: Progress | None = None,
 ) -> ExtractionResult:
-    """Makes datasets (name -> parameters) of a run at `steps` (default: the steps whose state is stored), where missing.
+    """Makes what is needed of a run at `steps` (default: the steps whose state is stored), where it is missing.
 
     A second call makes nothing; an interrupted one goes on. Raises UnknownName, MissingData for steps the run does not
-    have, InputMismatch when a unit stands that was made from another state.
+    have or that only a recording could have made, InputMismatch when a unit stands that was made from another state.
     """
     progress = progress or Silent()
     context = Context(lake, run)
@@ -46,14 +46,15 @@ def extract(
     reader.require(wanted)
     if not wanted:
         raise MissingData(f"run {run!r} has no steps {steps or ''}; it has {summarize_steps(reader.steps)}")
-    extractors = [build_extractor(name, parameters) for name, parameters in datasets.items()]
+    _require_recorded(lake, run, needs)
+    extractors = [build_extractor(need.dataset, need.parameters) for need in needs if need.dataset not in RECORDED]
     missing = {extractor: _missing(context, extractor, wanted) for extractor in extractors}
     result = ExtractionResult(run)
     for extractor in extractors:
         result.made[extractor.name] = []
         result.standing[extractor.name] = len(wanted) - len(missing[extractor])
     todo = sorted({step for of in missing.values() for step in of})
-    progress.start(f"extracting {', '.join(datasets)} of {run}", len(todo))
+    progress.start(f"extracting {', '.join(extractor.name for extractor in extractors)}", len(todo))
     moments = any(extractor.needs_moments for extractor in extractors)
     try:
         for state in reader.iterate(todo, moments=moments):
@@ -95,6 +96,10 @@ def _unit(context: Context, extractor: Extractor, step: int) -> Unit:
     return Unit(extractor.name, context.run, name, (step,), parameters, inputs, extractor.version)
 
 
-def datasets_of(needs: Iterable[Need]) -> dict[str, Mapping[str, Any]]:
-    """What of a report's needs an extraction can make; recorded datasets come from training alone."""
-    return {need.dataset: need.parameters for need in needs if need.dataset not in RECORDED}
+def _require_recorded(lake: Lake, run: str, needs: Iterable[Need]) -> None:
+    for need in needs:
+        if need.dataset in RECORDED and not lake.dataset_steps(run, need.dataset, need.parameters):
+            raise MissingData(
+                f"{need.dataset} of run {run!r} is recorded while training, never extracted afterwards: record steps with "
+                f"`lakebed trace --lake {lake.uri} --run {run} --from-step N --num-steps N`"
+            )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..engine.config import RunConfig
+from ..engine.config import RunConfig, load_config
 from ..engine.evaluation import Metrics
 from ..engine.symbolic_kv import Benchmark, generate_benchmark
 from ..engine.training import StepMetrics, TrainingLoop
@@ -28,6 +28,11 @@ from .trace_writer import live_state, write_state
 ADAPTER = "symbolic_kv"
 NOT_HISTORICAL = "instrumented_continuation_not_historical_replay: the checkpoint holds no batch order"
 HISTORICAL = "instrumented_from_initialization_exact_for_this_trace"
+
+
+def load(name_or_path: str) -> RunConfig:
+    """A run configuration by name or from a TOML file; raises ConfigError."""
+    return load_config(name_or_path)
 
 
 @dataclass(frozen=True)

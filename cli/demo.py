@@ -1,0 +1,114 @@
+"""`lakebed demo`: from nothing to charts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import threads_option
+
+RUN = "demo"
+_LEAD = (
+    "A small transformer learned to look values up; every training step was recorded. What follows are queries over that "
+    "lake: nothing here ran the model again."
+)
+
+
+@click.command(epilog="Example: lakebed demo --lake demo.lake --out demo-report")
+@click.option("--lake", "lake_uri", default="demo.lake", show_default=True, metavar="PATH|URI", help="The lake to make.")
+@click.option("--out", default="demo-report", show_default=True, metavar="DIR", help="Folder for reports and index.html.")
+@click.option("--config", default="demo", show_default=True, metavar="CONFIG", help="What to train.")
+@click.option("--num-steps", type=click.IntRange(1), help="Stop early, for a quick look [default: the config's].")
+@threads_option
+def demo(lake_uri: str, out: str, config: str, num_steps: int | None, threads: int | None) -> None:
+    """Train the built-in run, record every step, extract, run every report, and open the result in a browser yourself.
+
+    Takes under two minutes on two cores. Given again, it goes on where it was. The last line on stdout is one JSON object.
+    """
+    from ..extractors.threads import set_threads
+    from ..extractors.training import load, train
+    from ..lake import Lake
+    from .progress import Bars
+
+    set_threads(threads)
+    loaded = load(config)
+    clock: dict[str, float] = {}
+    with Lake.open_or_create(lake_uri) as lake, Bars() as bars:
+        with _timed(clock, "train"):
+            result = train(lake, RUN, loaded, num_steps=num_steps, progress=bars)
+        with _timed(clock, "extract"):
+            _extract(lake, bars)
+        with _timed(clock, "reports"):
+            reports = _run_reports(lake, Path(out), bars)
+        size = sum(row["bytes"] for row in lake.summary())
+    accuracy = result.metrics.get("validation_iid", {}).get("answer_accuracy")
+    index = _write_index(Path(out), lake_uri, accuracy, result.step, size, clock, reports)
+    click.echo(f"validation answer accuracy {accuracy:.3f} after {result.step} steps" if accuracy is not None else "")
+    click.echo(f"lake {lake_uri}, {size / 1e6:.1f} MB")
+    click.echo(f"open {index}")
+    shown = {"accuracy": accuracy, "steps": result.step, "seconds": {name: round(of, 2) for name, of in clock.items()}}
+    paths = {name: report["markdown"] for name, report in reports.items()}
+    click.echo(json.dumps({**shown, "lake": lake_uri, "lake_bytes": size, "index": str(index), "reports": paths}))
+
+
+@contextmanager
+def _timed(clock: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    clock[phase] = time.perf_counter() - started
+
+
+def _reports() -> list[Any]:
+    from ..queries.registry import load_report, report_names
+
+    classes = [load_report(name) for name in report_names()]
+    return [report.parse({"run": RUN, **report.demo_options}) for report in classes]
+
+
+def _extract(lake: Any, bars: Any) -> None:
+    from ..extractors.plan import extract
+    from ..lake.names import canonical_json
+
+    needs = {canonical_json([need.dataset, dict(need.parameters)]): need for report in _reports() for need in report.needs()}
+    extract(lake, RUN, list(needs.values()), progress=bars)
+
+
+def _run_reports(lake: Any, out: Path, bars: Any) -> dict[str, dict[str, Any]]:
+    from ..queries.run import run_report
+
+    reports = _reports()
+    bars.start("reports", len(reports))
+    written: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        name = report.report_name()
+        written[name] = run_report(lake, report, out / name, overwrite=True, chart_formats=("svg", "html"))
+        bars.advance(note=name)
+    return written
+
+
+def _write_index(
+    out: Path,
+    lake_uri: str,
+    accuracy: float | None,
+    steps: int,
+    size: int,
+    clock: dict[str, float],
+    reports: dict[str, dict[str, Any]],
+) -> Path:
+    from ..queries.index import write_index
+
+    facts = {
+        "validation answer accuracy": "unknown" if accuracy is None else f"{accuracy:.3f}",
+        "training steps, all recorded": f"{steps:,}",
+        f"lake: {lake_uri}": f"{size / 1e6:.1f} MB",
+        "seconds in all": f"{sum(clock.values()):.0f}",
+    }
+    index = out / "index.html"
+    write_index(index, "How a small transformer learned to look values up", _LEAD, facts, list(reports.values()))
+    return index
