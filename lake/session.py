@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -50,23 +51,27 @@ class Session:
         `tables` names the tables the query reads, where the caller knows: DuckDB cannot tell for a query with
         parameters, and then every word of it counts.
         """
-        try:
+        with self.errors():
             wanted = self._named(query) if tables is None else set(tables)
             if wanted:
                 self.prepare(wanted)
             return (
                 self.connection.execute(query, parameters) if parameters else self.connection.execute(query)
             )
-        except duckdb.Error as error:
-            raise QueryError(self._explain(str(error))) from error
 
     def relation(
         self, query: str, parameters: Mapping[str, Any] | list[Any] | None = None
     ) -> duckdb.DuckDBPyRelation:
         """A lazy relation over the session."""
-        try:
+        with self.errors():
             self.prepare(self._named(query))
             return self.connection.sql(query, params=parameters)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns DuckDB's errors into QueryError; rows are computed as they are fetched, so fetch inside it too."""
+        try:
+            yield
         except duckdb.Error as error:
             raise QueryError(self._explain(str(error))) from error
 

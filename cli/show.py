@@ -1,0 +1,188 @@
+"""`lakebed show`: what a lake holds, or the schema every lake has."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .schema_text import SCHEMA_FORMATS, schema_text
+
+if TYPE_CHECKING:
+    from ..lake import Lake
+
+_EVERYTHING = "*"
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lakebed show --lake demo.lake
+  lakebed show --lake demo.lake --run demo --json
+  lakebed show --schema parameter_updates"""
+)
+@click.option(
+    "--lake",
+    "lake_uri",
+    envvar="LAKEBED_LAKE",
+    show_envvar=True,
+    metavar="PATH|URI",
+    help="The lake: a folder, or a URI such as s3://bucket/my.lake.",
+)
+@click.option("--run", metavar="NAME", help="Only this run.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option(
+    "--schema",
+    "table",
+    is_flag=False,
+    flag_value=_EVERYTHING,
+    metavar="[TABLE]",
+    help="Tables, tensors, views and macros with their columns, types and meanings; needs no lake.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(SCHEMA_FORMATS),
+    default="text",
+    show_default=True,
+    help="Format of --schema.",
+)
+def show(lake_uri: str | None, run: str | None, as_json: bool, table: str | None, form: str) -> None:
+    """Show what a lake holds: its runs, their source and configuration, datasets with their steps, and sizes.
+
+    With --schema, show what any lake can hold: every column with its type and meaning, keys, and the SQL views of
+    the tensors.
+    """
+    if table is not None:
+        only = None if table == _EVERYTHING else table
+        click.echo(schema_text(only, "json" if as_json else form), nl=False)
+        return
+    if lake_uri is None:
+        raise click.UsageError(
+            "which lake? Give --lake PATH (or set LAKEBED_LAKE), or --schema for the tables alone"
+        )
+    from ..lake import Lake
+
+    with Lake.open(lake_uri) as lake:
+        if run is not None:
+            lake.require_run(run)
+        found = contents(lake, run)
+    click.echo(
+        json.dumps(found, indent=2, ensure_ascii=False) if as_json else contents_text(found), nl=as_json
+    )
+
+
+def contents(lake: Lake, run: str | None = None) -> dict[str, Any]:
+    """The lake as plain data: `runs` is a list with one object per run."""
+    details = {row["run"]: row for row in lake.table("runs").collect().to_dicts()}
+    parameters = {
+        row["run"]: row
+        for row in lake.session.execute(
+            "SELECT run, count(*) AS tensors, sum(numel)::BIGINT AS total FROM parameters GROUP BY run"
+        )
+        .pl()
+        .to_dicts()
+    }
+    runs = []
+    for summary in lake.summary():
+        if run is not None and summary["run"] != run:
+            continue
+        about = details.get(summary["run"], {})
+        counted = parameters.get(summary["run"], {})
+        config = about.get("config")
+        runs.append(
+            {
+                "run": summary["run"],
+                "source": about.get("source"),
+                "adapter": about.get("adapter"),
+                "seed": about.get("seed"),
+                "store": about.get("store"),
+                "parent_run": about.get("parent_run"),
+                "parent_step": about.get("parent_step"),
+                "created_at": about.get("created_at"),
+                "config": json.loads(config) if config else None,
+                "config_hash": about.get("config_hash"),
+                "parameters": counted.get("total"),
+                "parameter_tensors": counted.get("tensors"),
+                "datasets": _datasets(lake, summary["run"]),
+                "units": summary["units"],
+                "rows": summary["rows"],
+                "bytes": summary["bytes"],
+            }
+        )
+    return {"lake": lake.uri, "id": lake.id, "format": lake.format, "runs": runs}
+
+
+def _datasets(lake: Lake, run: str) -> list[dict[str, Any]]:
+    """Datasets of a run, one entry per set of parameters."""
+    from ..lake.steps import summarize_steps
+
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for receipt in lake.receipts.all(run):
+        entry = found.setdefault(
+            (receipt.dataset, receipt.spec),
+            {
+                "dataset": receipt.dataset,
+                "spec": receipt.spec or None,
+                "parameters": json.loads(receipt.parameters),
+                "steps": set(),
+                "units": 0,
+                "rows": 0,
+                "bytes": 0,
+                "seconds": 0.0,
+            },
+        )
+        entry["steps"].update(receipt.steps)
+        entry["units"] += 1
+        for name in ("rows", "bytes", "seconds"):
+            entry[name] += getattr(receipt, name)
+    return [
+        {**entry, "step_count": len(entry["steps"]), "steps": summarize_steps(entry["steps"])}
+        for _, entry in sorted(found.items())
+    ]
+
+
+def contents_text(found: dict[str, Any]) -> str:
+    """The same for a person, with a line break at its end."""
+    lines = [f"{found['lake']}  (format {found['format']}, id {found['id']})"]
+    if not found["runs"]:
+        lines.append("  no runs yet: `lakebed demo`, `lakebed train` and `lakebed import` make one")
+    for run in found["runs"]:
+        lines += ["", _headline(run)]
+        width = max((len(_label(entry)) for entry in run["datasets"]), default=0)
+        for entry in run["datasets"]:
+            steps = "" if entry["steps"] == "none" else f"steps {entry['steps']}  "
+            lines.append(
+                f"  {_label(entry):{width}}  {steps}{size_text(entry['bytes'])}, {entry['rows']:,} rows"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _headline(run: dict[str, Any]) -> str:
+    parts = [
+        f"{label} {run[key]}"
+        for label, key in (("source", "source"), ("adapter", "adapter"), ("seed", "seed"), ("store", "store"))
+        if run[key] is not None
+    ]
+    if run["parent_run"]:
+        parts.append(f"continues {run['parent_run']} from step {run['parent_step']}")
+    if run["parameters"] is not None:
+        parts.append(f"{run['parameters']:,} parameters in {run['parameter_tensors']} tensors")
+    parts.append(size_text(run["bytes"]))
+    return f"run {run['run']}: {', '.join(parts)}"
+
+
+def _label(entry: dict[str, Any]) -> str:
+    chosen = ", ".join(f"{name}={value}" for name, value in entry["parameters"].items())
+    return f"{entry['dataset']}({chosen})" if chosen else str(entry["dataset"])
+
+
+def size_text(count: int) -> str:
+    """Bytes for a person: 1.5 GB."""
+    size, units = float(count), ("B", "kB", "MB", "GB", "TB")
+    for unit in units:
+        if size < 1000 or unit == units[-1]:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
