@@ -75,14 +75,12 @@ def show(lake_uri: str | None, run: str | None, as_json: bool, table: str | None
 
 def contents(lake: Lake, run: str | None = None) -> dict[str, Any]:
     """The lake as plain data: `runs` is a list with one object per run."""
+    import polars as pl
+
     details = {row["run"]: row for row in lake.table("runs").collect().to_dicts()}
+    sizes = pl.col("numel").sum().alias("total"), pl.len().alias("tensors")
     parameters = {
-        row["run"]: row
-        for row in lake.session.execute(
-            "SELECT run, count(*) AS tensors, sum(numel)::BIGINT AS total FROM parameters GROUP BY run"
-        )
-        .pl()
-        .to_dicts()
+        row["run"]: row for row in lake.table("parameters").group_by("run").agg(*sizes).collect().to_dicts()
     }
     runs = []
     for summary in lake.summary():

@@ -38,7 +38,7 @@ _KEYWORDS = (
     "SELECT FROM WHERE GROUP BY ORDER LIMIT JOIN USING ON AS AND OR NOT IN BETWEEN LIKE IS NULL DISTINCT HAVING WITH "
     "UNION ALL CASE WHEN THEN ELSE END DESC ASC OVER PARTITION QUALIFY UNNEST DESCRIBE SUMMARIZE EXPLAIN "
     "list_sum list_dot_product list_cosine_similarity sqrt sum avg min max count arg_max arg_min"
-).split()
+).split()  # noqa: SIM905
 _COMMANDS = (".tables", ".schema", ".format", ".help", ".quit")
 
 
@@ -129,7 +129,7 @@ class Shell:
             lexer=PygmentsLexer(SqlLexer),
             **{"history": _history(), **options} if "history" not in options else options,
         )
-        click.echo(f"{len(self._lake.runs())} runs in {self._lake.uri}; .help lists commands, .quit leaves")
+        click.echo(f"{self._lake.uri} holds {', '.join(self._lake.runs()) or 'no runs yet'}; .help lists commands, .quit leaves")
         while True:
             try:
                 text = session.prompt()

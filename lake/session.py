@@ -128,7 +128,7 @@ class Session:
                 self._checked.add(entry.path)
 
     def _explain(self, message: str) -> str:
-        line = " ".join(message.split())
+        line = re.sub(r"[ ^]+$", "", " ".join(message.split()))
         for known in (CorruptFile, UnknownName):
             found = re.search(rf"{known.__name__}: (.*)", line)
             if found:
