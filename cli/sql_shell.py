@@ -34,11 +34,11 @@ SQL ends with a semicolon and may take several lines; Ctrl-C drops the line, Ctr
 .format NAME     table, csv, json, jsonl or markdown
 .help            this text
 .quit            leave"""
-_KEYWORDS = (
-    "SELECT FROM WHERE GROUP BY ORDER LIMIT JOIN USING ON AS AND OR NOT IN BETWEEN LIKE IS NULL DISTINCT HAVING WITH "
-    "UNION ALL CASE WHEN THEN ELSE END DESC ASC OVER PARTITION QUALIFY UNNEST DESCRIBE SUMMARIZE EXPLAIN "
-    "list_sum list_dot_product list_cosine_similarity sqrt sum avg min max count arg_max arg_min"
-).split()  # noqa: SIM905
+_KEYWORDS = """
+    SELECT FROM WHERE GROUP BY ORDER LIMIT JOIN USING ON AS AND OR NOT IN BETWEEN LIKE IS NULL DISTINCT HAVING WITH
+    UNION ALL CASE WHEN THEN ELSE END DESC ASC OVER PARTITION QUALIFY UNNEST DESCRIBE SUMMARIZE EXPLAIN
+    list_sum list_dot_product list_cosine_similarity sqrt sum avg min max count arg_max arg_min
+"""
 _COMMANDS = (".tables", ".schema", ".format", ".help", ".quit")
 
 
@@ -61,7 +61,9 @@ class SqlCompleter(Completer):
         }
         macros = {signature.split("(")[0] + "(" for signature in MACROS}
         self.tables = sorted(table_names())
-        self.words = sorted({*self.tables, *columns, *tensor_columns, *macros, *_KEYWORDS}, key=str.lower)
+        self.words = sorted(
+            {*self.tables, *columns, *tensor_columns, *macros, *_KEYWORDS.split()}, key=str.lower
+        )
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
         """Words that begin as the one before the cursor does."""
@@ -129,7 +131,8 @@ class Shell:
             lexer=PygmentsLexer(SqlLexer),
             **{"history": _history(), **options} if "history" not in options else options,
         )
-        click.echo(f"{self._lake.uri} holds {', '.join(self._lake.runs()) or 'no runs yet'}; .help lists commands, .quit leaves")
+        runs = ", ".join(self._lake.runs()) or "no runs yet"
+        click.echo(f"{self._lake.uri} holds {runs}; .help lists commands, .quit leaves")
         while True:
             try:
                 text = session.prompt()

@@ -3,8 +3,8 @@
 Arrays are plain Zarr v3 (bytes, blosc zstd with bit shuffle, crc32c), created and documented through zarr-python, and
 any Zarr reader opens them. Chunks are encoded and decoded here with the same numcodecs calls zarr makes, for two
 reasons: the receipt needs the checksum of the very bytes that were written, and zarr's per-chunk scheduling costs a
-millisecond where the work costs a tenth (tests/benchmarks/bench_tensors.py holds the comparison). A test reads every layout back
-through zarr, and the other way round.
+millisecond where the work costs a tenth (tests/benchmarks/bench_tensors.py holds the comparison). A test reads every
+layout back through zarr, and the other way round.
 """
 
 from __future__ import annotations

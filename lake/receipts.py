@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -124,7 +125,7 @@ class Receipt:
         """Where the receipt lies."""
         return receipt_key(self.run, self.unit)
 
-    def to_parquet(self) -> bytes:
+    def to_parquet(self) -> builtins.bytes:
         """The one-row Parquet file."""
         row = {name: getattr(self, name) for name in TABLES["extractions"].names()}
         row["steps"] = list(self.steps)
@@ -135,7 +136,7 @@ class Receipt:
         return parquet_bytes(pa.Table.from_pylist([row], schema=TABLES["extractions"].arrow_schema()))
 
     @classmethod
-    def from_parquet(cls, run: str, data: bytes, path: str) -> Receipt:
+    def from_parquet(cls, run: str, data: builtins.bytes, path: str) -> Receipt:
         """Reads a receipt back, its pages against their checksums; raises CorruptFile naming `path`."""
         try:
             # pyarrow does not look at the first bytes, other readers do.

@@ -45,7 +45,9 @@ def _part(part: str, available: Sequence[int]) -> Iterable[int]:
         return [step for step in available if (low is None or step >= low) and (high is None or step <= high)]
     if len(numbers) == 3 and None not in numbers:
         low, high, stride = numbers
-        assert low is not None and high is not None and stride is not None
+        assert low is not None
+        assert high is not None
+        assert stride is not None
         if 0 <= low <= high and stride > 0:
             return range(low, high + 1, stride)
     raise StepSyntax(

@@ -187,7 +187,8 @@ class Tensor:
         absent = wanted[self.steps[at] != wanted]
         if len(absent):
             raise MissingData(missing_steps_message(self.run, self.quantity, self.name, absent, self.steps))
-        return self._axis.rows[at]
+        rows: np.ndarray[Any, np.dtype[np.int64]] = self._axis.rows[at]
+        return rows
 
 
 def missing_steps_message(
