@@ -138,9 +138,8 @@ class OptimizerTap:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._pending is not None and not self._replayable and not self._raw.seen:
-            self._pending.nested += (
-                1  # an optimizer whose own step calls its base class's: one step, two hooks
-            )
+            # An optimizer whose own step calls its base class's: torch calls the hooks of both, for one step.
+            self._pending.nested += 1
             return
         self._refresh_parameters()
         if self._replayable and getattr(optimizer, "grad_scale", None) is not None:
@@ -174,9 +173,8 @@ class OptimizerTap:
         if self._record_rng:
             self._rng = torch.get_rng_state()
         for device in {parameter.device for parameter in self._parameters.values() if parameter.is_cuda}:
-            torch.cuda.current_stream(
-                device
-            ).synchronize()  # copies to pinned memory were queued, not awaited
+            # Copies to pinned memory were queued, not awaited.
+            torch.cuda.current_stream(device).synchronize()
         step = CapturedStep(
             index=self._index,
             gradients=pending.gradients or {},

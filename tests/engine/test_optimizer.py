@@ -492,6 +492,8 @@ def test_gradients_that_are_not_finite():
         nn.utils.clip_grad_norm_(parameters, 1.0)
         found = clip_coefficient(raw, {n: p.grad for n, p in zip(raw, parameters, strict=True)})
         assert found == 0.0 if bad == math.inf else math.isnan(found)
+    nothing_finite = {"a": torch.full((3,), math.inf)}
+    assert clip_coefficient(nothing_finite, {"a": torch.full((3,), math.nan)}) == 0.0
     hopeless = {"a": torch.full((3,), math.nan)}
     assert clip_coefficient(hopeless, {"a": torch.ones(3)}) is None
 

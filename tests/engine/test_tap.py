@@ -449,11 +449,20 @@ def test_an_optimizer_that_overwrites_the_gradient_in_full_mode():
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         parameter.grad.mul_(-1).add_(parameter.detach())
-            return super().step(closure)
+            loss = super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.mul_(0.5)
+            return loss
 
     loop = Loop(Overwriting, weight_decay=0.0)
     kept, asked = [], []
-    with OptimizerTap(loop.model, loop.optimizer, kept.append, asked.append, replayable=False):
+
+    def want(kind):
+        asked.append(kind)
+        return True
+
+    with OptimizerTap(loop.model, loop.optimizer, kept.append, want, replayable=False):
         for _ in range(2):
             loop.optimizer.zero_grad()
             loop.loss().backward()
@@ -461,6 +470,7 @@ def test_an_optimizer_that_overwrites_the_gradient_in_full_mode():
             loop.optimizer.step()  # torch calls the hooks twice: for this step, and for the one it calls
             assert kept[-1].clip_coefficient == 1.0
             assert same(kept[-1].gradients, raw)
+            assert same(kept[-1].after.weights, dict(loop.model.named_parameters()))
     assert asked == ["before", "after"] * 2
     assert len(kept) == 2
 
