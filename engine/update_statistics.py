@@ -86,8 +86,8 @@ def parameter_statistics(step: ParameterStep) -> Statistics:
         piece = {name: tensor[start : start + _PIECE].to(torch.float64) for name, tensor in flat.items()}
         _add_terms(piece, step)
         _accumulate(sums, maxima, piece)
-        if "gradient" in piece and not math.isfinite(sums["gradient_l2"]):
-            nonfinite += int((~piece["gradient"].isfinite()).sum())
+        if "gradient" in piece and not math.isfinite(sums["gradient_l2"] + sums["clipped_gradient_l2"]):
+            nonfinite += int((~(piece["gradient"].isfinite() & piece["applied"].isfinite())).sum())
     row: Statistics = {name: math.sqrt(sums[name]) for name in _LENGTHS if name in sums}
     row.update({name: sums[name] for name in _PRODUCTS if name in sums})
     row.update({name: value for name, value in maxima.items() if name.split("_")[0] in ("delta", *flat)})

@@ -128,15 +128,15 @@ class TraceBlock:
             {**row, "state": "stored"} if row["step"] == step else row for row in self._tables["steps"]
         ]
 
-    def commit(self) -> None:
-        """Makes the block visible, whole."""
+    def commit(self, end_hash: str) -> None:
+        """Makes the block visible, whole. `end_hash` is the identity of the state it leads to."""
         steps = tuple(self.steps)
         self._writer.unit = Unit(
             TRACE,
             self._run,
             f"trace-{steps[0]:08d}-{steps[-1]:08d}",
             steps,
-            inputs={"start": self._start_hash, "full": self._full},
+            inputs={"start": self._start_hash, "end": end_hash, "full": self._full},
         )
         self._gradients.finish()
         self._gradient_rows.steps = steps

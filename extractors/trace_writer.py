@@ -150,7 +150,7 @@ class TraceWriter:
             self._check(pending.step, captured.after)
             self._block.add_state(state_quantities(captured.after))
         if len(self._block.steps) == self._anchor_every:
-            self._block.commit()
+            self._block.commit(self._hash)
             self._block = None
 
     def _advance(self, captured: CapturedStep) -> tuple[TrainingState, TrainingState]:
@@ -264,7 +264,7 @@ class TraceWriter:
                 self._check(step, live)
                 self._block.add_state(state_quantities(live))
                 self._block.mark_stored(step)
-            self._block.commit()
+            self._block.commit(self._hash)
             self._block = None
         publish(self._lake, self._run)
 

@@ -184,7 +184,7 @@ _TABLES = (
         clip_coefficient | DOUBLE | float32 factor that took the raw gradient to the one the optimizer saw; null if no single factor did, and then table gradients holds what the optimizer saw
         batch_size | BIGINT | examples in the batch; null if not logged
         query_event_count | BIGINT | query events in the batch; null if not logged
-        nonfinite_gradient_entries | BIGINT | NaN or infinite entries of the raw gradient
+        nonfinite_gradient_entries | BIGINT | entries that are NaN or infinite in the raw gradient or in what the optimizer saw
         optimizer_groups | VARCHAR | hyperparameters of every parameter group, JSON; null when equal to the row before
         seconds | DOUBLE | wall time since the step before, s
         """,
@@ -210,7 +210,7 @@ _TABLES = (
         numel | BIGINT | number of elements
         has_gradient | BOOLEAN | false when the optimizer skipped the parameter in this step
         optimizer_step | BIGINT | the optimizer's own counter for this parameter after the step
-        nonfinite_gradient_entries | BIGINT | NaN or infinite entries of its raw gradient
+        nonfinite_gradient_entries | BIGINT | entries that are NaN or infinite in its raw gradient or in what the optimizer saw
         weight_l2_before | DOUBLE | L2 norm of the weights at t-1
         weight_l2 | DOUBLE | L2 norm of the weights at t
         gradient_l2 | DOUBLE | L2 norm of the raw gradient

@@ -199,20 +199,21 @@ def test_a_nan_gradient_is_recorded_and_reported(lake):
     with Recorder(lake, "r", model, optimizer, anchor_every=4):
         for step in range(1, 6):
             optimizer.zero_grad()
+            poison = torch.tensor([0, 0, float("nan"), 0, float("inf"), 0]) if step == 3 else torch.zeros(6)
+            handle = model.mix.bias.register_hook(lambda gradient, poison=poison: gradient + poison)
             loss_of(model, step).backward()
-            if step == 3:
-                model.mix.bias.grad[2] = float("nan")
-                model.mix.bias.grad[4] = float("inf")
+            handle.remove()
             optimizer.step()
-    rows = dict(lake.sql("select step, nonfinite_gradient_entries from training_steps").fetchall())
-    assert rows == {1: 0, 2: 0, 3: 2, 4: 0, 5: 0}
+    rows = lake.sql("select nonfinite_gradient_entries from training_steps order by step").fetchall()
+    assert [count for (count,) in rows][:3] == [0, 0, 2]
+    assert rows[3][0] > 2
     found = lake.sql(
         "select step, nonfinite_gradient_entries, isnan(gradient_l2) from parameter_updates "
-        "where nonfinite_gradient_entries > 0"
+        "where nonfinite_gradient_entries > 0 and step <= 3"
     ).fetchall()
     assert found == [(3, 2, True)]
+    assert StateReader(lake, "r").read(3).weights["mix.bias"].isnan().tolist() == [False, False, True, False, True, False]
     weights = StateReader(lake, "r").read(5).weights["mix.bias"]
-    assert torch.isnan(weights[2])
     assert torch.equal(weights.nan_to_num(7.0), model.mix.bias.detach().nan_to_num(7.0))
 
 
