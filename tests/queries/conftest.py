@@ -233,3 +233,12 @@ def trace(tmp_path: Path):
     made = make_trace_lake(tmp_path / "trace.lake", range(1, 9))
     yield made
     made.lake.close()
+
+
+def assert_same(row, wanted, rel=1e-9, near=1e-12):
+    """Row and expectation agree: numbers to `rel`, everything else exactly."""
+    for key, value in wanted.items():
+        if isinstance(value, float):
+            assert row[key] == pytest.approx(value, rel=rel, abs=near), key
+        else:
+            assert row[key] == value, key
