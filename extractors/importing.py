@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def import_checkpoints(
     for path in files:
         data = path.read_bytes()
         identity = hashlib.sha256(data).hexdigest()
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, expected)
         if expected is not None:
             _check_shapes(checkpoint, expected)
         if not imported and not standing:
@@ -151,13 +151,17 @@ def _register(lake: Lake, run: str, info: RunInfo, checkpoint: Checkpoint) -> No
     register_run(lake, run, info, rows)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads one file without unpickling anything but tensors and plain containers; raises CheckpointError."""
+def read_checkpoint(path: Path, expected: Collection[str] | None = None) -> Checkpoint:
+    """Reads one file without unpickling anything but tensors and plain containers; raises CheckpointError.
+
+    `expected` are the model's parameter names in its order, where they are known: of two names of one tensor it decides
+    which is the parameter and which the alias (safetensors sorts names, and keeps no order of its own).
+    """
     step = step_of(path)
     payload = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pt(path)
     if "step" in payload and int(payload["step"]) != step:
         raise CheckpointError(f"{path} says step {payload['step']} inside and step {step} in its name")
-    weights, tied_to = _without_aliases(path, payload["model_state"])
+    weights, tied_to = _without_aliases(path, payload["model_state"], list(expected or ()))
     optimizer, counts, rate = _optimizer_state(path, payload.get("optimizer_state"), weights)
     metrics = payload.get("metrics")
     text = json.dumps(metrics, sort_keys=True, default=str) if metrics else None
@@ -188,11 +192,15 @@ def _load_safetensors(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}): copy it again") from error
 
 
-def _without_aliases(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+def _without_aliases(
+    path: Path, state: Mapping[str, Any], expected: list[str]
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Each tensor once, under its first name; safetensors keeps no aliases, so equal bits of a tied head count too."""
     weights: dict[str, Tensor] = {}
     tied_to: dict[str, list[str]] = {}
-    for name, tensor in state.items():
+    order = [name for name in expected if name in state]
+    for name in [*order, *(name for name in state if name not in order)]:
+        tensor = state[name]
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: model_state entry {name!r} is a {type(tensor).__name__}, not a tensor")
         owner = next((held for held, other in weights.items() if _same(held, other, name, tensor)), None)
