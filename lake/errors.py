@@ -16,6 +16,7 @@ __all__ = [
     "QueryError",
     "SchemaMismatch",
     "StorageFull",
+    "StorageRefused",
     "UnitExists",
     "UnknownName",
 ]
@@ -63,6 +64,10 @@ class SchemaMismatch(LakebedError):
 
 class StorageFull(LakebedError):
     """The disk or bucket refused a write; nothing of the unit in flight is visible."""
+
+
+class StorageRefused(LakebedError):
+    """A path that cannot be written: no folder, read-only, or without permission."""
 
 
 class QueryError(LakebedError):

@@ -6,6 +6,7 @@ import datetime
 import html
 import json
 import os
+import threading
 import uuid
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -46,6 +47,7 @@ class Lake:
         self.format = int(marker["format"])
         self.receipts = ReceiptIndex(storage)
         self.chunks_read = 0
+        self._counting = threading.Lock()
         self._layouts: dict[str, codec.Layout] = {}
         self._axes: tuple[int, AxisIndex] | None = None
         self._session: Session | None = None
@@ -63,9 +65,11 @@ class Lake:
                 f"no lake at {storage.uri}: make one with `lakebed demo --lake {storage.uri}`, `lakebed train` or "
                 "`lakebed import`, or check the path"
             ) from error
+        except OSError as error:
+            raise LakeNotFound(f"cannot read {storage.uri}/{_MARKER}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptFile(
-                f"{storage.uri}/{_MARKER} is damaged: it must hold JSON with format and id"
+                f"{storage.uri}/{_MARKER} is damaged: it must hold JSON with format and id; restore it from a copy"
             ) from error
         if version > FORMAT_VERSION:
             raise NewerFormat(
@@ -208,10 +212,14 @@ class Lake:
     @property
     def axes(self) -> AxisIndex:
         """Step axes of every array, up to the receipts read so far."""
-        receipts = self.receipts.all()
-        if self._axes is None or self._axes[0] != len(receipts):
-            self._axes = (len(receipts), AxisIndex(receipts))
+        if self._axes is None or self._axes[0] != self.receipts.version:
+            self._axes = (self.receipts.version, AxisIndex(self.receipts.all()))
         return self._axes[1]
+
+    def count_chunk(self) -> None:
+        """Counts a chunk that was opened, in `chunks_read`; chunks are read by several threads."""
+        with self._counting:
+            self.chunks_read += 1
 
     def array_layout(self, run: str, quantity: str, name: str) -> codec.Layout | None:
         """Layout of an array, or None if it does not exist yet."""

@@ -181,6 +181,8 @@ class ReceiptIndex:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._known: dict[tuple[str, str], Receipt] = {}
+        # Grows with every change, so that whatever is derived from the receipts knows when it is out of date.
+        self.version = 0
 
     def refresh(self, run: str | None = None) -> None:
         """Reads the receipts written since the last call, of one run or of all."""
@@ -192,13 +194,16 @@ class ReceiptIndex:
             found.update((name, file.removesuffix(".parquet")) for file in files if file.endswith(".parquet"))
         for gone in [key for key in self._known if key not in found and run in (None, key[0])]:
             del self._known[gone]
+            self.version += 1
         missing = sorted(found - self._known.keys())
         if len(missing) > 8 and not self._storage.local:
             with ThreadPoolExecutor(16) as pool:
                 receipts: Sequence[Receipt | None] = list(pool.map(self._read, missing))
         else:
             receipts = [self._read(key) for key in missing]
-        self._known.update((key, receipt) for key, receipt in zip(missing, receipts, strict=True) if receipt)
+        for receipt in receipts:
+            if receipt is not None:
+                self.add(receipt)
 
     def _read(self, key: tuple[str, str]) -> Receipt | None:
         path = receipt_key(*key)
@@ -213,7 +218,7 @@ class ReceiptIndex:
             receipt = self._read((run, unit))
             if receipt is None:
                 return None
-            self._known[run, unit] = receipt
+            self.add(receipt)
         return self._known[run, unit]
 
     def all(self, run: str | None = None, dataset: str | None = None) -> list[Receipt]:
@@ -225,5 +230,6 @@ class ReceiptIndex:
         ]
 
     def add(self, receipt: Receipt) -> None:
-        """Notes a receipt this process wrote."""
+        """Notes a receipt."""
         self._known[receipt.run, receipt.unit] = receipt
+        self.version += 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import google_crc32c
 
-from .errors import CorruptFile, QueryError, UnknownName
+from .errors import CorruptFile, LakebedError, QueryError
 from .macros import create_macros
 from .receipts import FileEntry
 from .schema import QUANTITIES, TABLES, VIEWS
@@ -38,6 +38,7 @@ class Session:
             self.connection.execute(statement)
         self._made: dict[str, Any] = {}
         self._checked: set[str] = set()
+        self._failures: list[LakebedError] = []
         _OPEN.add(self)
 
     def execute(
@@ -70,9 +71,12 @@ class Session:
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turns DuckDB's errors into QueryError; rows are computed as they are fetched, so fetch inside it too."""
+        self._failures.clear()
         try:
             yield
         except duckdb.Error as error:
+            if self._failures:
+                raise self._failures[0] from None
             raise QueryError(self._explain(str(error))) from error
 
     def _named(self, query: str) -> set[str]:
@@ -98,20 +102,22 @@ class Session:
             self.connection.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {VIEWS[name][1]}")
 
     def _make_table(self, name: str) -> None:
-        files = self._lake.table_files(name)
-        if self._made.get(name) == len(files) and name in self._made:
+        if self._made.get(name) == self._lake.receipts.version:
             return
+        files = self._lake.table_files(name)
         self.check(files)
         paths = [self._lake.storage.path(entry.path) for entry in files]
         self.connection.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {select_from(name, paths)}")
-        self._made[name] = len(files)
+        self._made[name] = self._lake.receipts.version
 
     def _make_tensor(self, quantity: str, view: str) -> None:
         if view in self._made:
             return
-        from .sources import tensor_source
+        from .duckdb_source import TensorDataset
+        from .sources import tensor_scan
 
-        self.connection.register(view, tensor_source(self._lake, quantity, view))
+        dataset = TensorDataset(tensor_scan(self._lake, quantity, view), self._failures)
+        self.connection.register(view, dataset)
         self._made[view] = True
 
     def check(self, files: Iterable[FileEntry]) -> None:
@@ -129,10 +135,6 @@ class Session:
 
     def _explain(self, message: str) -> str:
         line = re.sub(r"[ ^]+$", "", " ".join(message.split()))
-        for known in (CorruptFile, UnknownName):
-            found = re.search(rf"{known.__name__}: (.*)", line)
-            if found:
-                return found.group(1)
         if "Catalog Error: Table with name" in line:
             views = sorted({*TABLES, *VIEWS, *(quantity.view for quantity in QUANTITIES.values())})
             line = f"{line.split('! ')[0].split(' LINE ')[0]}; the lake has {', '.join(views)}"

@@ -1,4 +1,4 @@
-"""Tensors as SQL tables: one Polars IO source per quantity, with projection and filter pushdown.
+"""Tensors as SQL tables: a scan per quantity, and the Polars IO source over it.
 
 DuckDB hands a query's projection and filters to the source. What concerns only the index columns (run, step,
 parameter, …) decides which chunks are opened; the rest is applied to the rows as they stream by, a chunk at a time.
@@ -7,6 +7,7 @@ parameter, …) decides which chunks are opened; the rest is applied to the rows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,43 +36,56 @@ VECTOR_SCHEMA = {
     "side": pl.String,
     "values": pl.List(pl.Float32),
 }
+_ROWS_AT_ONCE = 1 << 20
 # The vectors of U stand in rows of the stored array, like those of Vᵀ.
 SIDES = {"U": "left", "Vh": "right"}
-
 
 Rows = Callable[[str, str, np.ndarray[Any, Any], list[str]], Iterator[pl.DataFrame]]
 
 
-def tensor_source(lake: Lake, quantity: str, view: str) -> pl.LazyFrame:
-    """The lazy table of one quantity."""
+@dataclass(frozen=True)
+class Scan:
+    """A tensor's table before anything is read: its columns, what is stored, and the rows of some steps of an array.
+
+    `index` gives (run, array, step) and every column that follows from them, one row per step of each array.
+    `rows` yields frames with at least the columns asked; no chunk is opened unless `values` is among them.
+    """
+
+    schema: dict[str, Any]
+    index: Callable[[], pl.DataFrame]
+    rows: Rows
+
+
+def tensor_scan(lake: Lake, quantity: str, view: str) -> Scan:
+    """How to scan the table of one quantity."""
     if view == "singular_vectors":
-        return _source(VECTOR_SCHEMA, lambda: _vector_index(lake, quantity), _vector_rows(lake, quantity))
-    return _source(
-        PARAMETER_SCHEMA, lambda: _parameter_index(lake, quantity), _parameter_rows(lake, quantity)
-    )
+        return Scan(VECTOR_SCHEMA, lambda: _vector_index(lake, quantity), _vector_rows(lake, quantity))
+    return Scan(PARAMETER_SCHEMA, lambda: _parameter_index(lake, quantity), _parameter_rows(lake, quantity))
 
 
-def _source(schema: dict[str, Any], make_index: Callable[[], pl.DataFrame], rows: Rows) -> pl.LazyFrame:
+def tensor_source(lake: Lake, quantity: str, view: str) -> pl.LazyFrame:
+    """The lazy table of one quantity, for Polars."""
+    plan = tensor_scan(lake, quantity, view)
+
     def scan(
         with_columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, batch_size: int | None
     ) -> Iterator[pl.DataFrame]:
-        wanted = list(schema) if with_columns is None else with_columns
+        wanted = list(plan.schema) if with_columns is None else with_columns
         needed = list(dict.fromkeys([*wanted, *([] if predicate is None else predicate.meta.root_names())]))
-        index = make_index()
-        for part in _conjuncts(predicate, set(index.columns)):
+        index, left = plan.index(), n_rows
+        # `n_rows` counts rows before the predicate: head(n).filter(p). Then nothing may be left out beforehand.
+        for part in _conjuncts(predicate, set(index.columns)) if n_rows is None else []:
             index = index.filter(part)
-        left = n_rows
         for (run, name), group in index.group_by(["run", "array"], maintain_order=True):
-            for frame in rows(str(run), str(name), group["step"].to_numpy(), needed):
-                kept = frame if predicate is None else frame.filter(predicate)
+            for whole in plan.rows(str(run), str(name), group["step"].to_numpy(), needed):
+                frame = whole if left is None else whole.head(left)
+                yield (frame if predicate is None else frame.filter(predicate)).select(wanted)
                 if left is not None:
-                    kept = kept.head(left)
-                    left -= len(kept)
-                yield kept.select(wanted)
-                if left == 0:
-                    return
+                    left -= len(frame)
+                    if left == 0:
+                        return
 
-    return register_io_source(scan, schema=schema, validate_schema=False, is_pure=True)
+    return register_io_source(scan, schema=plan.schema, validate_schema=False, is_pure=True)
 
 
 def _conjuncts(predicate: pl.Expr | None, columns: set[str]) -> list[pl.Expr]:
@@ -123,15 +137,15 @@ def _parameter_rows(lake: Lake, quantity: str) -> Rows:
     def rows(run: str, name: str, steps: np.ndarray[Any, Any], needed: list[str]) -> Iterator[pl.DataFrame]:
         tensor = lake.tensor(quantity, name, run)
         per_step = int(np.prod(tensor.layout.row_shape[:-1])) if len(tensor.layout.row_shape) > 1 else 1
-        for found, cells in _blocks(tensor, steps, "values" in needed):
+        for found, cells in _blocks(tensor, steps, "values" in needed, per_step):
             data: dict[str, Any] = {}
             count = len(found) * per_step
             if "run" in needed:
-                data["run"] = pl.repeat(run, count, dtype=pl.String, eager=True)
+                data["run"] = _repeated(run, count, pl.String)
             if "step" in needed:
                 data["step"] = np.repeat(found, per_step)
             if "parameter" in needed:
-                data["parameter"] = pl.repeat(name, count, dtype=pl.String, eager=True)
+                data["parameter"] = _repeated(name, count, pl.String)
             if "row" in needed:
                 data["row"] = np.tile(np.arange(per_step, dtype=np.int64), len(found))
             if cells is not None:
@@ -150,18 +164,18 @@ def _vector_rows(lake: Lake, quantity: str) -> Rows:
         per_step = layers * (heads or 1) * ranks
         grid = np.indices((layers, heads or 1, ranks)).reshape(3, -1)
         layer, head, rank = grid[0], grid[1], grid[2] + 1
-        for found, cells in _blocks(tensor, steps, "values" in needed):
+        for found, cells in _blocks(tensor, steps, "values" in needed, per_step):
             count = len(found) * per_step
             data: dict[str, Any] = {
-                "run": pl.repeat(run, count, dtype=pl.String, eager=True),
+                "run": _repeated(run, count, pl.String),
                 "step": np.repeat(found, per_step),
-                "matrix": pl.repeat(matrix, count, dtype=pl.String, eager=True),
+                "matrix": _repeated(matrix, count, pl.String),
                 "layer": pl.Series(np.tile(layer, len(found)), dtype=pl.Int32),
                 "head": pl.Series(np.tile(head, len(found)), dtype=pl.Int32)
                 if heads is not None
-                else pl.repeat(None, count, dtype=pl.Int32, eager=True),
+                else _repeated(None, count, pl.Int32),
                 "rank": pl.Series(np.tile(rank, len(found)), dtype=pl.Int32),
-                "side": pl.repeat(SIDES[part], count, dtype=pl.String, eager=True),
+                "side": _repeated(SIDES[part], count, pl.String),
             }
             if cells is not None:
                 data["values"] = _lists(cells, count)
@@ -171,12 +185,20 @@ def _vector_rows(lake: Lake, quantity: str) -> Rows:
 
 
 def _blocks(
-    tensor: Tensor, steps: np.ndarray[Any, Any], read: bool
+    tensor: Tensor, steps: np.ndarray[Any, Any], read: bool, per_step: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]]:
-    if not read:
-        yield steps, None
+    """(steps, cells or None) in pieces that fit in memory, whether the cells are read or not."""
+    if read:
+        yield from tensor.blocks(np.isin(tensor.steps, steps))
         return
-    yield from tensor.blocks(np.isin(tensor.steps, steps))
+    count = max(1, _ROWS_AT_ONCE // max(1, per_step))
+    for start in range(0, len(steps), count):
+        yield steps[start : start + count], None
+
+
+def _repeated(value: str | None, count: int, dtype: Any) -> pl.Series:
+    # pl.repeat would plan and run a lazy query for each column of each chunk.
+    return pl.Series([value], dtype=dtype).new_from_index(0, count)
 
 
 def _lists(cells: np.ndarray[Any, Any], count: int) -> pl.Series:

@@ -10,13 +10,14 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import fsspec
 import google_crc32c
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import LakeNotFound, StorageFull
+from .errors import LakebedError, LakeNotFound, StorageFull, StorageRefused
 
 _PIECE = 4 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -61,7 +62,11 @@ class Storage:
             self.fs.pipe_file(f"{self.root}/{key}", data)
             return
         temporary = self._write_temporary(key, data)
-        os.replace(temporary, f"{self.root}/{key}")
+        try:
+            os.replace(temporary, f"{self.root}/{key}")
+        except OSError as error:
+            os.unlink(temporary)
+            raise self._refusal(key, error, len(data)) from error
 
     def create(self, key: str, data: bytes) -> bool:
         """Puts `data` under `key` unless something is there; says whether this call did."""
@@ -76,35 +81,37 @@ class Storage:
             os.link(temporary, f"{self.root}/{key}")
         except FileExistsError:
             return False
+        except OSError as error:
+            raise self._refusal(key, error, len(data)) from error
         finally:
             os.unlink(temporary)
         return True
 
     def _write_temporary(self, key: str, data: bytes) -> str:
-        target = f"{self.root}/{key}"
-        folder, name = os.path.split(target)
+        folder, name = os.path.split(f"{self.root}/{key}")
         temporary = f"{folder}/.{name[:60]}.{uuid.uuid4().hex[:8]}.tmp"
-        for attempt in (1, 2):
+        try:
             try:
-                with open(temporary, "wb", buffering=0) as file:
-                    view = memoryview(data)
-                    while view:
-                        view = view[file.write(view) :]
-                return temporary
+                _write_file(temporary, data)
             except FileNotFoundError:
-                if attempt == 2:
-                    raise
                 os.makedirs(folder, exist_ok=True)
-            except OSError as error:
-                if os.path.exists(temporary):
-                    os.unlink(temporary)
-                if error.errno in _FULL:
-                    raise StorageFull(
-                        f"no space left while writing {key} ({len(data):,} bytes) to {self.uri}: free some space and "
-                        "run the same command again; everything finished so far is kept"
-                    ) from error
-                raise
-        raise AssertionError("unreachable")
+                _write_file(temporary, data)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise self._refusal(key, error, len(data)) from error
+        return temporary
+
+    def _refusal(self, key: str, error: OSError, size: int) -> LakebedError:
+        """What a failed write says to a person."""
+        if error.errno in _FULL:
+            return StorageFull(
+                f"no space left while writing {key} ({size:,} bytes) to {self.uri}: free some space and run the same "
+                "command again; everything finished so far is kept"
+            )
+        return StorageRefused(
+            f"cannot write {key} in {self.uri}: {error.strerror or error}; check the path and its permissions"
+        )
 
     def exists(self, key: str) -> bool:
         """Whether a file stands under `key`."""
@@ -153,3 +160,10 @@ class Storage:
     def is_folder(self) -> bool:
         """Whether anything stands at the root."""
         return bool(self.fs.isdir(self.root))
+
+
+def _write_file(path: str, data: bytes) -> None:
+    with open(path, "wb", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,8 @@ from .steps import summarize_steps
 
 if TYPE_CHECKING:
     from .lake import Lake
+
+_READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,9 @@ class Tensor:
         out = np.empty((len(rows), *self.layout.row_shape), self.layout.dtype)
         order = np.argsort(rows, kind="stable")
         chunks = rows[order] // self.layout.chunk_rows
-        for start, stop in _runs(chunks):
+        for (start, stop), block in self._read_ahead(chunks):
             selected = order[start:stop]
-            out[selected] = self.read_block(int(chunks[start]))[rows[selected] % self.layout.chunk_rows]
+            out[selected] = block[rows[selected] % self.layout.chunk_rows]
         return out
 
     def blocks(
@@ -139,11 +144,34 @@ class Tensor:
         """(steps, Float[step, *shape]) chunk by chunk for the steps where `keep` holds: Bool[step]."""
         steps, rows = self._axis.steps[keep], self._axis.rows[keep]
         chunks = rows // self.layout.chunk_rows
-        for start, stop in _runs(chunks):
-            block = self.read_block(int(chunks[start]))
+        for (start, stop), block in self._read_ahead(chunks):
             inside = rows[start:stop] % self.layout.chunk_rows
             whole = len(inside) == len(block) and bool((inside == np.arange(len(block))).all())
             yield steps[start:stop], block if whole else block[inside]
+
+    def _read_ahead(
+        self, chunks: np.ndarray[Any, Any]
+    ) -> Iterator[tuple[tuple[int, int], np.ndarray[Any, Any]]]:
+        """Start and stop of each run of equal `chunks`, with that chunk: a few are read ahead, by threads.
+
+        The first is read alone, so that a reader who stops after it has cost one chunk.
+        """
+        parts = list(_runs(chunks))
+        wanted = [int(chunks[start]) for start, _ in parts]
+        yield from zip(parts[:1], map(self.read_block, wanted[:1]), strict=True)
+        if len(parts) < 2:
+            return
+        # A pool of its own: a shared one would not survive a fork.
+        pool = ThreadPoolExecutor(_READERS)
+        try:
+            waiting = deque(pool.submit(self.read_block, chunk) for chunk in wanted[1 : 1 + 2 * _READERS])
+            for at, part in enumerate(parts[1:], 1 + 2 * _READERS):
+                block = waiting.popleft().result()
+                if at < len(wanted):
+                    waiting.append(pool.submit(self.read_block, wanted[at]))
+                yield part, block
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def read_block(self, row_chunk: int) -> np.ndarray[Any, Any]:
         """Float[chunk_rows, *shape]: one chunk of rows, every cell chunk of it put together."""
@@ -161,7 +189,7 @@ class Tensor:
 
     def _read_chunk(self, key: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         path = f"{self._folder}/{key}"
-        self._lake.chunks_read += 1
+        self._lake.count_chunk()
         try:
             data = self._lake.storage.read(path)
         except FileNotFoundError as error:

@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from . import codec
-from .errors import InputMismatch, SchemaMismatch
+from .errors import InputMismatch, SchemaMismatch, UnknownName
 from .names import encode_name
 from .receipts import FileEntry, Receipt, TensorEntry, Unit, parquet_bytes
 from .schema import QUANTITIES, TABLES
@@ -173,7 +174,9 @@ class UnitWriter:
             {"name": name, "quantity": quantity, **attributes},
             codec.fill_value(layout.dtype),
         )
-        self._storage.create(f"{self.array_key(quantity, name)}/zarr.json", metadata)
+        if not self._storage.create(f"{self.array_key(quantity, name)}/zarr.json", metadata):
+            # Another process made it since we looked: it counts, and ours must fit it.
+            self.ensure_array(quantity, name, layout, dimension_names, attributes)
 
     def put(self, key: str, data: bytes) -> None:
         """Writes one file of the unit and notes its checksum for the receipt."""
@@ -192,15 +195,28 @@ class UnitWriter:
                 key = f"tables/{table}/run={self.unit.run}/{self.unit.name}-{self._attempt}.parquet"
                 self.put(key, parquet_bytes(ordered))
             receipt = self._receipt(rows)
-            created = self._storage.create(receipt.key, receipt.to_parquet())
         except BaseException:
             self.discard()
             raise
-        if not created:
+        try:
+            created = self._storage.create(receipt.key, receipt.to_parquet())
+        except BaseException:
+            # An interrupt, or a store that lost its answer: the receipt may stand all the same, and then so must its
+            # files. Where that cannot be told they stay, for no harm.
+            with suppress(Exception):
+                if not self._is_committed():
+                    self.discard()
+            raise
+        if not created and not self._is_committed():
             return self._yield_to_other()
         self.committed = True
         self._lake.receipts.add(receipt)
         return receipt
+
+    def _is_committed(self) -> bool:
+        """Whether the receipt that stands is of this very attempt."""
+        standing = self._lake.receipts.get(self.unit.run, self.unit.name)
+        return standing is not None and list(standing.files) == self._files
 
     def _receipt(self, rows: int) -> Receipt:
         tensors = [
@@ -243,6 +259,8 @@ def mismatch_message(unit: Unit, receipt: Receipt | None) -> str:
 
 def conform(table: str, data: Any) -> pa.Table:
     """`data` as an Arrow table with exactly the declared columns of `table`."""
+    if table not in TABLES:
+        raise UnknownName(f"no table {table!r}; there are {', '.join(sorted(TABLES))}")
     schema = TABLES[table].arrow_schema()
     if hasattr(data, "to_arrow"):
         data = data.to_arrow()
