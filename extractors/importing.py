@@ -145,7 +145,9 @@ def import_checkpoints(
 
 def _register(lake: Lake, run: str, info: RunInfo, checkpoint: Checkpoint) -> None:
     rows = [
-        parameter_row(position, name, tensor, checkpoint.tied_to.get(name, []), 0 if checkpoint.step_counts else None)
+        parameter_row(
+            position, name, tensor, checkpoint.tied_to.get(name, []), 0 if checkpoint.step_counts else None
+        )
         for position, (name, tensor) in enumerate(checkpoint.weights.items())
     ]
     register_run(lake, run, info, rows)
@@ -178,7 +180,9 @@ def _load_pt(path: Path) -> Mapping[str, Any]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path} cannot be read as a torch checkpoint ({reason}): copy it again") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a torch checkpoint ({reason}): copy it again"
+        ) from error
     if not isinstance(payload, Mapping) or not isinstance(payload.get("model_state"), Mapping):
         keys = ", ".join(map(str, payload)) if isinstance(payload, Mapping) else type(payload).__name__
         raise CheckpointError(f"{path} has no model_state; it holds {keys}")
@@ -202,7 +206,9 @@ def _without_aliases(
     for name in [*order, *(name for name in state if name not in order)]:
         tensor = state[name]
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: model_state entry {name!r} is a {type(tensor).__name__}, not a tensor")
+            raise CheckpointError(
+                f"{path}: model_state entry {name!r} is a {type(tensor).__name__}, not a tensor"
+            )
         owner = next((held for held, other in weights.items() if _same(held, other, name, tensor)), None)
         if owner is None:
             weights[name] = tensor
@@ -239,7 +245,9 @@ def _optimizer_state(
                     tensors.setdefault(key, {})[names[index]] = value
         return tensors, counts, float(state["param_groups"][0]["lr"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: optimizer_state does not match the {len(weights)} parameters of model_state") from error
+        raise CheckpointError(
+            f"{path}: optimizer_state does not match the {len(weights)} parameters of model_state"
+        ) from error
 
 
 def _expected_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
@@ -259,5 +267,3 @@ def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
     extra = sorted(found.keys() - expected.keys())
     if extra:
         raise CheckpointError(f"{checkpoint.path} holds {extra[0]!r}, which the config's model does not have")
-
-

@@ -47,7 +47,9 @@ def extract(
     if not wanted:
         raise MissingData(f"run {run!r} has no steps {steps or ''}; it has {summarize_steps(reader.steps)}")
     _require_recorded(lake, run, needs)
-    extractors = [build_extractor(need.dataset, need.parameters) for need in needs if need.dataset not in RECORDED]
+    extractors = [
+        build_extractor(need.dataset, need.parameters) for need in needs if need.dataset not in RECORDED
+    ]
     missing = {extractor: _missing(context, extractor, wanted) for extractor in extractors}
     result = ExtractionResult(run)
     for extractor in extractors:

@@ -293,6 +293,8 @@ def write_state(
     unit = Unit(CHECKPOINT, run, f"checkpoint-{step:08d}", (step,), inputs={"sha256": identity})
     if lake.find_receipt(unit) is not None:
         return
+    # Before the first step Adam's moments are zero: nothing is stored, and everything is known.
+    unstepped = bool(state.step_counts) and not any(state.step_counts.values())
     with lake.unit(unit) as writer:
         for quantity, tensors in quantities.items():
             block = writer.tensor_rows(quantity, [step], rows)
@@ -304,13 +306,11 @@ def write_state(
                 {
                     "step": step,
                     "state": "stored",
-                    # Before the first step Adam's moments are zero: nothing is stored, and everything is known.
-                    "has_moments": all(name in quantities for name in MOMENTS)
-                    or not any(state.step_counts.values()),
+                    "has_moments": unstepped or all(name in quantities for name in MOMENTS),
                     "source_uri": source_uri,
                     "sha256": identity,
                     "learning_rate": learning_rate,
-                    "optimizer_steps": step_counters(state.step_counts),
+                    "optimizer_steps": step_counters(state.step_counts) if state.step_counts else None,
                     "loop_state": loop_state,
                     "rng_state": None if rng_state is None else rng_state.numpy().tobytes(),
                     "metrics": metrics,

@@ -22,7 +22,9 @@ def _one_thread():
 
 
 def small_config(**overrides) -> RunConfig:
-    sizes = {f"benchmark.{split}.num_samples": 48 for split in ("validation_iid", "test_iid", "heldout_pairs")}
+    sizes = {
+        f"benchmark.{split}.num_samples": 48 for split in ("validation_iid", "test_iid", "heldout_pairs")
+    }
     settings = {
         "num_steps": NUM_STEPS,
         "batch_size": 12,

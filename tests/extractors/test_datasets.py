@@ -113,9 +113,21 @@ def test_default_steps_are_the_stored_ones(lake, config, benchmark_data):
 
 def test_what_cannot_be_extracted_is_one_line(trained_lake):
     for call, error, message in (
-        (lambda: extract(trained_lake, "nope", [Need("svd")]), UnknownName, "no run 'nope' in .*; it has exact, full"),
-        (lambda: extract(trained_lake, "exact", [Need("x")]), UnknownName, "no dataset 'x' to extract; there are svd, weights"),
-        (lambda: extract(trained_lake, "exact", [Need("svd")], "5,99"), MissingData, "has no step 99; it has 0:48"),
+        (
+            lambda: extract(trained_lake, "nope", [Need("svd")]),
+            UnknownName,
+            "no run 'nope' in .*; it has exact, full",
+        ),
+        (
+            lambda: extract(trained_lake, "exact", [Need("x")]),
+            UnknownName,
+            "no dataset 'x' to extract; there are svd, weights",
+        ),
+        (
+            lambda: extract(trained_lake, "exact", [Need("svd")], "5,99"),
+            MissingData,
+            "has no step 99; it has 0:48",
+        ),
         (lambda: extract(trained_lake, "exact", [Need("svd")], "90:99"), MissingData, "has no steps 90:99"),
     ):
         with pytest.raises(error, match=message):
@@ -132,7 +144,9 @@ def test_a_weight_that_is_not_finite_has_no_svd_and_the_error_says_where(lake, c
     info = RunInfo(adapter="symbolic_kv", config=config.canonical_json())
     with Recorder(lake, "r", loop.model, loop.optimizer, anchor_every=2, info=info):
         loop.train_step()
-        handle = loop.model.blocks[1].attn.q_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
+        handle = loop.model.blocks[1].attn.q_proj.weight.register_hook(
+            lambda gradient: gradient * float("nan")
+        )
         loop.train_step()
         handle.remove()
     with pytest.raises(RecordingError, match="svd of W_QK at step 2 of run 'r'"):
@@ -162,7 +176,9 @@ def test_two_processes_extract_the_same_units_at_once(lake, config, benchmark_da
         assert worker.exitcode == 0
     lake.refresh()
     assert lake.dataset_steps("r", "svd") == list(range(0, 25, 2))
-    counts = lake.sql("select count(*), count(distinct (step, matrix, layer, head, rank)) from singular_values").fetchall()
+    counts = lake.sql(
+        "select count(*), count(distinct (step, matrix, layer, head, rank)) from singular_values"
+    ).fetchall()
     per_step = 2 * (6 * HEADS * WIDTH + 2 * 32)
     assert counts == [(13 * per_step, 13 * per_step)]
     assert list(lake.tensor("svd", "W_QK.U", "r").steps) == list(range(0, 25, 2))

@@ -54,17 +54,28 @@ def test_weights_and_moments_are_those_of_the_file(lake, checkpoints, config):
         assert torch.equal(state.exp_avg[name], loop.optimizer.state[parameter]["exp_avg"])
         assert torch.equal(state.exp_avg_sq[name], loop.optimizer.state[parameter]["exp_avg_sq"])
     assert set(state.step_counts.values()) == {20}
-    row = lake.sql("select metrics, learning_rate, state, has_moments, source_uri from steps where step = 20").fetchall()[0]
-    assert row[:4] == ('{"validation_iid": {"loss": 3.25}}', config.optimization.learning_rate_at(20), "stored", True)
+    row = lake.sql(
+        "select metrics, learning_rate, state, has_moments, source_uri from steps where step = 20"
+    ).fetchall()[0]
+    assert row[:4] == (
+        '{"validation_iid": {"loss": 3.25}}',
+        config.optimization.learning_rate_at(20),
+        "stored",
+        True,
+    )
     assert row[4].endswith("step_000020.pt")
-    tied = lake.sql("select tied_to, module from parameters where parameter = 'token_embedding.weight'").fetchall()
+    tied = lake.sql(
+        "select tied_to, module from parameters where parameter = 'token_embedding.weight'"
+    ).fetchall()
     assert tied == [(["lm_head.weight"], "token_embedding")]
     again = import_checkpoints(lake, folder, "m", config)
     assert (again.imported, again.standing) == ([], 2)
     assert verify(lake).ok
 
 
-def test_the_svd_of_imported_and_traced_checkpoints_is_one(lake, trained_lake, checkpoints, config, benchmark_data):
+def test_the_svd_of_imported_and_traced_checkpoints_is_one(
+    lake, trained_lake, checkpoints, config, benchmark_data
+):
     folder, _ = checkpoints
     import_checkpoints(lake, folder, "m", config)
     extract(lake, "m", [Need("svd")])
@@ -89,7 +100,10 @@ def test_tracing_on_from_an_import_is_no_historical_replay(lake, checkpoints, co
 def test_safetensors_without_moments(lake, tmp_path, checkpoints, config):
     _, loop = checkpoints
     weights = {name: parameter.detach().clone() for name, parameter in loop.model.named_parameters()}
-    save_file({**weights, "lm_head.weight": weights["token_embedding.weight"].clone()}, tmp_path / "model-00020.safetensors")
+    save_file(
+        {**weights, "lm_head.weight": weights["token_embedding.weight"].clone()},
+        tmp_path / "model-00020.safetensors",
+    )
     result = import_checkpoints(lake, tmp_path, "s", config)
     assert (result.imported, result.with_moments) == ([20], 0)
     state = StateReader(lake, "s").read(20)
@@ -146,13 +160,20 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(lake, tmp_path, 
     refused(zipped, "unpickles nothing")
     assert not (tmp_path / "owned").exists()
 
-    refused(save(place("shape"), step=1, model_state=good), "is no checkpoint of this config", small_config(**{"model.d_ff": 64}))
+    refused(
+        save(place("shape"), step=1, model_state=good),
+        "is no checkpoint of this config",
+        small_config(**{"model.d_ff": 64}),
+    )
     refused(save(place("other_step"), step=2, model_state=good), "says step 2 inside and step 1 in its name")
     refused(save(place("no_state"), step=1, weights=good), "has no model_state; it holds step, weights")
     refused(save(place("not_tensor"), step=1, model_state={"a": 3}), "entry 'a' is a int, not a tensor")
     refused(save(place("extra"), step=1, model_state={**good, "new": torch.zeros(2)}), "holds 'new'")
     optimizer = {"state": {}, "param_groups": [{"params": [0, 1], "lr": 0.1}]}
-    refused(save(place("optimizer"), step=1, model_state=good, optimizer_state=optimizer), "optimizer_state does not match")
+    refused(
+        save(place("optimizer"), step=1, model_state=good, optimizer_state=optimizer),
+        "optimizer_state does not match",
+    )
     torn = place("torn")
     (torn / "step_000001.pt").write_bytes((folder / "step_000010.pt").read_bytes()[:5000])
     refused(torn, "cannot be read as a torch checkpoint")

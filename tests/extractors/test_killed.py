@@ -104,5 +104,8 @@ def test_twenty_kills_lose_nothing_that_was_finished(tmp_path, trained_lake):
         for step in (17, 48):
             assert_same_state(ours.read(step), theirs.read(step))
         name = "blocks.1.attn.q_proj.weight"
-        assert (lake.tensor("gradients", name, "r").read() == trained_lake.tensor("gradients", name, "exact").read()).all()
+        assert (
+            lake.tensor("gradients", name, "r").read()
+            == trained_lake.tensor("gradients", name, "exact").read()
+        ).all()
         assert verify(lake).ok

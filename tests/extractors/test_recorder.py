@@ -138,7 +138,9 @@ def test_gradients_are_the_raw_ones_and_the_coefficient_is_the_applied_one(lake,
     for name in kept.raw[0]:
         stored = lake.tensor("gradients", name, "r").read()
         assert np.array_equal(stored, np.stack([raw[name].numpy() for raw in kept.raw])), name
-    rows = lake.sql("select pre_clip_grad_norm, clip_coefficient, loss from training_steps order by step").fetchall()
+    rows = lake.sql(
+        "select pre_clip_grad_norm, clip_coefficient, loss from training_steps order by step"
+    ).fetchall()
     for (norm, coefficient, loss), raw, step in zip(rows, kept.raw, range(1, 8), strict=True):
         expected = np.sqrt(sum(float((g.double() ** 2).sum()) for g in raw.values()))
         assert norm == pytest.approx(expected, rel=1e-12)
@@ -212,7 +214,14 @@ def test_a_nan_gradient_is_recorded_and_reported(lake):
         "where nonfinite_gradient_entries > 0 and step <= 3"
     ).fetchall()
     assert found == [(3, 2, True)]
-    assert StateReader(lake, "r").read(3).weights["mix.bias"].isnan().tolist() == [False, False, True, False, True, False]
+    assert StateReader(lake, "r").read(3).weights["mix.bias"].isnan().tolist() == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     weights = StateReader(lake, "r").read(5).weights["mix.bias"]
     assert torch.equal(weights.nan_to_num(7.0), model.mix.bias.detach().nan_to_num(7.0))
 
@@ -316,7 +325,9 @@ def test_a_run_is_continued_only_from_its_own_last_state(lake):
         Recorder(lake, "r", model, optimizer, anchor_every=4)
     with torch.no_grad():
         model.mix.bias[0] += 1
-    with pytest.raises(RecordingError, match=r"the model is not run 'r' at step 6: its weights 'mix.bias' differ"):
+    with pytest.raises(
+        RecordingError, match=r"the model is not run 'r' at step 6: its weights 'mix.bias' differ"
+    ):
         Recorder(lake, "r", model, optimizer, anchor_every=4, start_step=6)
     model.load_state_dict({**kept.weights[6], "out.weight": kept.weights[6]["embed.weight"]})
     with Recorder(lake, "r", model, optimizer, anchor_every=4, start_step=6) as recorder:

@@ -72,10 +72,18 @@ def test_the_stored_gradient_is_that_of_the_loss(trained_lake, config, benchmark
         return float(torch.nn.functional.cross_entropy(logits[mask], targets[mask]))
 
     assert loss() == pytest.approx(
-        trained_lake.sql(f"select loss from training_steps where run = 'exact' and step = {step}").fetchall()[0][0], rel=1e-6
+        trained_lake.sql(f"select loss from training_steps where run = 'exact' and step = {step}").fetchall()[
+            0
+        ][0],
+        rel=1e-6,
     )
     generator = np.random.default_rng(0)
-    for name in ("blocks.1.attn.q_proj.weight", "token_embedding.weight", "blocks.0.ff.fc_in.bias", "final_norm.weight"):
+    for name in (
+        "blocks.1.attn.q_proj.weight",
+        "token_embedding.weight",
+        "blocks.0.ff.fc_in.bias",
+        "final_norm.weight",
+    ):
         gradient = trained_lake.tensor("gradients", name, "exact").read(step)
         weight = dict(model.named_parameters())[name]
         direction = torch.from_numpy(generator.standard_normal(gradient.shape))
@@ -111,7 +119,9 @@ def test_trace_from_the_middle_repeats_the_original(lake, benchmark_data, dropou
     ours, theirs = StateReader(lake, "r@21"), StateReader(lake, "r")
     for step in (21, 22, 29, 35):
         assert_same_state(ours.read(step), theirs.read(step))
-    losses = lake.sql("select count(distinct loss), count(*) from training_steps where step between 22 and 35").fetchall()
+    losses = lake.sql(
+        "select count(distinct loss), count(*) from training_steps where step between 22 and 35"
+    ).fetchall()
     assert losses == [(14, 28)]
     parent = lake.sql("select parent_run, parent_step, source from runs where run = 'r@21'").fetchall()
     assert parent == [("r", 21, "trace")]
@@ -142,7 +152,9 @@ def test_evaluations_are_rows(trained_lake):
         "select step, metric, value from evaluations where run = 'exact' and metric in ('loss', 'answer_accuracy') order by all"
     ).fetchall()
     assert [row[0] for row in rows] == [20, 20, 40, 40, 48, 48]
-    assert trained_lake.sql("select count(*) from evaluations where metric like 'slice_accuracy[active_keys=%]'").fetchall()[0][0]
+    assert trained_lake.sql(
+        "select count(*) from evaluations where metric like 'slice_accuracy[active_keys=%]'"
+    ).fetchall()[0][0]
     nested = evaluation_rows(3, {"v": {"loss": 1.0, "slices": {"axis": {"2": 0.5}}, "none": None}})
     assert [(row["metric"], row["value"]) for row in nested] == [("loss", 1.0), ("slices[axis=2]", 0.5)]
 
@@ -176,7 +188,9 @@ def test_another_config_of_the_same_name_is_refused(trained_lake, benchmark_data
 
 
 def test_wrong_requests_are_one_line(trained_lake, config, benchmark_data):
-    with pytest.raises(RecordingError, match="num_steps is 49; it must lie between 1 and the config's num_steps 48"):
+    with pytest.raises(
+        RecordingError, match="num_steps is 49; it must lie between 1 and the config's num_steps 48"
+    ):
         train(trained_lake, "x", config, num_steps=49, benchmark=benchmark_data)
     with pytest.raises(MissingData, match="run 'exact' has no step 77; it has 0:48"):
         trace(trained_lake, "exact", 77, 1)
