@@ -170,6 +170,11 @@ class Recorder:
             self._queue.put(_STOP)
             raise self._error
 
+    @property
+    def backlog(self) -> int:
+        """Steps handed over and not yet processed; at most `queue_steps` and the one in hand."""
+        return self._queue.unfinished_tasks
+
     # -- in the background -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -182,6 +187,7 @@ class Recorder:
                 self._writer.discard()
             finally:
                 pending.captured.release()
+                self._queue.task_done()
 
     # -- the end -----------------------------------------------------------------------------------------------
 
