@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
 from lakebed.lake import Lake, Unit
 from lakebed.lake.datasets import SVD_MATRICES
 

@@ -1,5 +1,4 @@
 import pytest
-
 from lakebed.lake import Lake, Unit
 from lakebed.lake.errors import MissingData, UnknownName
 from lakebed.lake.steps import StepSyntax
@@ -29,7 +28,9 @@ def test_missing_steps_come_with_the_command_that_makes_them(svd):
 
 
 def test_a_range_without_steps_says_what_is_there(svd):
-    with pytest.raises(MissingData, match=r"no step of run 'ref' lies in --steps 300:400; svd is there for 250:750:250, 1500"):
+    with pytest.raises(
+        MissingData, match=r"no step of run 'ref' lies in --steps 300:400; svd is there for 250:750:250, 1500"
+    ):
         resolve_steps(svd.lake, asked(steps="300:400"), "ref")
     with pytest.raises(StepSyntax, match="cannot read steps '25x'"):
         resolve_steps(svd.lake, asked(steps="25x"), "ref")
@@ -40,12 +41,16 @@ def test_a_dataset_that_was_never_made(tmp_path):
     with pytest.raises(MissingData) as error:
         resolve_steps(made.lake, asked(steps="first", matrix=("W_Q", "W_K")), "traced")
     assert str(error.value).startswith("weight-svd-patterns needs svd for run 'traced'. Run: lakebed extract")
-    assert str(error.value).endswith(f"--lake '{made.lake.uri}' --run traced --steps first --matrix W_Q --matrix W_K")
+    assert str(error.value).endswith(
+        f"--lake '{made.lake.uri}' --run traced --steps first --matrix W_Q --matrix W_K"
+    )
     made.lake.close()
 
 
 def test_a_trace_is_recorded_and_cannot_be_extracted(svd, trace):
-    with pytest.raises(MissingData, match=r"needs trace for run 'ref'\..*lakebed train --lake .*lakebed trace") as error:
+    with pytest.raises(
+        MissingData, match=r"needs trace for run 'ref'\..*lakebed train --lake .*lakebed trace"
+    ) as error:
         resolve_steps(svd.lake, asked("optimizer-update-trace"), "ref")
     assert "extract" not in str(error.value)
     with pytest.raises(MissingData, match=r"at step 9\. .*recorded are steps 1:8"):

@@ -4,7 +4,6 @@ import os
 import numpy as np
 import polars as pl
 import pytest
-
 from lakebed.queries import run as run_module
 from lakebed.queries.output import OutputExists, OutputFolder, OutputUnwritable
 from lakebed.queries.registry import load_report
@@ -32,18 +31,28 @@ def test_keys_names_and_formats(svd, tmp_path):
         assert os.path.getsize(printed[key]) > 0
     assert printed["interval_event_rows"].endswith("weight_svd_interval_events.jsonl")
     assert set(printed["plots"]) == {
-        name + form for name in ("growth", "stabilization", "rotation", "coordination") for form in ("", ".vl")
+        name + form
+        for name in ("growth", "stabilization", "rotation", "coordination")
+        for form in ("", ".vl")
     }
     report = json.loads((tmp_path / "out/weight_svd_patterns_report.json").read_text())
     assert sorted(report["files"]) == sorted(os.listdir(tmp_path / "out"))
     assert report["steps"] == svd.steps
     assert report["options"]["stability_patience"] == 3
-    assert (tmp_path / "out/weight_svd_patterns_report.md").read_text().startswith("# weight-svd-patterns: run ref\n")
+    assert (
+        (tmp_path / "out/weight_svd_patterns_report.md")
+        .read_text()
+        .startswith("# weight-svd-patterns: run ref\n")
+    )
 
 
 def test_rows_agree_across_formats(svd, tmp_path):
     printed = run_report(
-        svd.lake, patterns(max_vector_rank=2), tmp_path / "out", rows_format=["jsonl", "csv", "parquet"], chart_formats=[]
+        svd.lake,
+        patterns(max_vector_rank=2),
+        tmp_path / "out",
+        rows_format=["jsonl", "csv", "parquet"],
+        chart_formats=[],
     )
     for stem in ("matrix_summary", "vector_alignment", "interval_event", "direction_birth"):
         lines = open(printed[f"{stem}_rows"]).read().splitlines()
@@ -124,7 +133,10 @@ def test_a_run_that_fails_changes_nothing(svd, tmp_path, monkeypatch, overwrite)
 
 def test_an_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputUnwritable, match="cannot write beside"), OutputFolder(tmp_path / "file/out", "r.json", False):
+    with (
+        pytest.raises(OutputUnwritable, match="cannot write beside"),
+        OutputFolder(tmp_path / "file/out", "r.json", False),
+    ):
         pass
 
 
@@ -168,7 +180,9 @@ def test_nan_is_null_and_counted(tmp_path):
     assert "NaN" not in text
     (spoiled,) = (row for row in map(json.loads, text.splitlines()) if row["matrix_label"] == "L1H0 W_QK")
     assert spoiled["singular_value_rank1_delta"] is None
-    assert pl.read_parquet(printed["matrix_summary_parquet"])["singular_value_rank1_delta"].is_nan().sum() == 1
+    assert (
+        pl.read_parquet(printed["matrix_summary_parquet"])["singular_value_rank1_delta"].is_nan().sum() == 1
+    )
     made.lake.close()
 
 

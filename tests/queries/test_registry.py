@@ -3,7 +3,6 @@ import sys
 from importlib.metadata import EntryPoint
 
 import pytest
-
 from lakebed.queries import registry
 from lakebed.queries.registry import UnknownReport, load_report, report_names, report_summary
 
@@ -30,9 +29,7 @@ def test_listing_imports_no_report_and_no_heavy_package():
 
 
 def test_reports_of_other_packages_by_entry_point(monkeypatch):
-    entry = EntryPoint(
-        "my-report", "lakebed.queries.weight_svd_trace:WeightSVDTrace", "lakebed.reports"
-    )
+    entry = EntryPoint("my-report", "lakebed.queries.weight_svd_trace:WeightSVDTrace", "lakebed.reports")
     monkeypatch.setattr(registry, "_others", lambda: {"my-report": entry})
     report_names.cache_clear()
     try:

@@ -1,5 +1,4 @@
 import pytest
-
 from lakebed.queries.registry import load_report, report_names
 from lakebed.queries.sections import SectionError, parse_sections
 

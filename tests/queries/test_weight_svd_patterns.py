@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from lakebed.queries.registry import load_report
 from lakebed.queries.report import InvalidOption, ReportFailed
 from lakebed.queries.results import Results
@@ -40,7 +39,9 @@ def series_of(made, matrices):
                     yield layer, head, name, *(part[at] for part in made.svd[name])
 
 
-def by_definition(made, ranks, final=0.95, adjacent=0.99, patience=3, matrices=("W_QK", "W_OV", "W_in", "W_out")):
+def by_definition(
+    made, ranks, final=0.95, adjacent=0.99, patience=3, matrices=("W_QK", "W_OV", "W_in", "W_out")
+):
     """Every row set as part I of the definitions says it, with loops."""
     steps, out = made.steps, {name: [] for name in SETS}
     rotations, deltas = {}, {}
@@ -141,7 +142,11 @@ def birth(steps, vectors, rank, final, adjacent, patience):
 ORDER = {
     "matrix_summary": lambda r: -r["singular_value_rank1_delta"],
     "direction_birth": lambda r: -r["total_rotation_to_final"],
-    "interval_event": lambda r: (r["interval_start_step"], -r["singular_value_rank1_delta"], r["matrix_label"]),
+    "interval_event": lambda r: (
+        r["interval_start_step"],
+        -r["singular_value_rank1_delta"],
+        r["matrix_label"],
+    ),
 }
 
 
@@ -177,7 +182,9 @@ def test_a_rank_swap_is_told_from_a_rotation(tmp_path):
     def swap(decomposed):
         for part in decomposed["W_QK"][1:]:
             part[:] = part[:1]  # nothing turns …
-            part[2:, 0, 0, [0, 1]] = part[2:, 0, 0, [1, 0]]  # … but from the third step on ranks 1 and 2 change places
+            part[2:, 0, 0, [0, 1]] = part[
+                2:, 0, 0, [1, 0]
+            ]  # … but from the third step on ranks 1 and 2 change places
 
     made = make_svd_lake(tmp_path / "l", [1, 2, 3, 4], change=swap)
     with Results(made.lake, report(max_vector_rank=2, matrix=["W_QK"])) as results:
@@ -242,8 +249,14 @@ def test_all_eight_matrices_on_request(svd, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"final_alignment_threshold": 1.5}, "--final-alignment-threshold should be less than or equal to 1, not 1.5"),
-        ({"adjacent_stability_threshold": -0.1}, "--adjacent-stability-threshold should be greater than or equal to 0"),
+        (
+            {"final_alignment_threshold": 1.5},
+            "--final-alignment-threshold should be less than or equal to 1, not 1.5",
+        ),
+        (
+            {"adjacent_stability_threshold": -0.1},
+            "--adjacent-stability-threshold should be greater than or equal to 0",
+        ),
         ({"stability_patience": 0}, "--stability-patience should be greater than 0, not 0"),
         ({"max_vector_rank": 0}, "--max-vector-rank should be greater than 0, not 0"),
         ({"final_alignment_threshold": "high"}, "--final-alignment-threshold should be a valid number"),

@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-
 from lakebed.lake.datasets import SVD_MATRICES
 from lakebed.queries.registry import load_report
 from lakebed.queries.report import InvalidOption, ReportFailed
@@ -33,9 +32,16 @@ def expected_rows(made, max_singular_values=None):
     """The definition, with loops: (step, layer, head, matrix, rank) -> row."""
     for i, step in enumerate(made.steps):
         for layer in range(2):
-            keys = [(head, name) for head in range(2) for name in SVD_MATRICES if not name.startswith(("W_i", "W_out"))]
+            keys = [
+                (head, name)
+                for head in range(2)
+                for name in SVD_MATRICES
+                if not name.startswith(("W_i", "W_out"))
+            ]
             for head, name in [*keys, (None, "W_in"), (None, "W_out")]:
-                matrix = made.matrices[name][i, layer] if head is None else made.matrices[name][i, layer, head]
+                matrix = (
+                    made.matrices[name][i, layer] if head is None else made.matrices[name][i, layer, head]
+                )
                 sigma = np.linalg.svd(matrix, compute_uv=False)[: len(made.svd[name][0][0, 0].T)]
                 total, squares = 0.0, 0.0
                 for value in sigma:
@@ -93,7 +99,9 @@ def test_csv_header_is_in_the_contracts_order(svd, tmp_path):
 def test_vectors_left_then_right_with_labels(svd, tmp_path):
     _, rows = written(svd, tmp_path, top_vector_ranks=2, steps="500", matrix=["W_QK", "W_in"])
     vectors = rows["top_singular_vectors_jsonl"]
-    order = [(r["layer"], r["head"], r["matrix_name"], r["singular_value_rank"], r["vector_side"]) for r in vectors]
+    order = [
+        (r["layer"], r["head"], r["matrix_name"], r["singular_value_rank"], r["vector_side"]) for r in vectors
+    ]
     assert order == [
         (layer, head, name, rank, side)
         for layer in (0, 1)
@@ -110,7 +118,12 @@ def test_vectors_left_then_right_with_labels(svd, tmp_path):
     }
     for row in vectors:
         sigma, *sides = svd.svd[row["matrix_name"]]
-        at = (1, row["layer"], *([] if row["head"] is None else [row["head"]]), row["singular_value_rank"] - 1)
+        at = (
+            1,
+            row["layer"],
+            *([] if row["head"] is None else [row["head"]]),
+            row["singular_value_rank"] - 1,
+        )
         stored = sides[row["vector_side"] == "right"][at]
         assert row["vector_dim"] == len(stored)
         assert row["vector"] == stored.tolist()
@@ -149,7 +162,9 @@ def test_a_zero_spectrum_is_null_and_said(tmp_path):
     found = [row for row in rows["singular_values_jsonl"] if row["singular_value_sum"] == 0]
     assert {(r["effective_rank"], r["spectral_mass_top3"]) for r in found} == {(None, None)}
     warnings = json.loads(open(printed["report"]).read())["warnings"]
-    assert warnings == ["1 spectra are zero (first: L0H1 W_O at step 2); their effective rank and top-3 mass are null."]
+    assert warnings == [
+        "1 spectra are zero (first: L0H1 W_O at step 2); their effective rank and top-3 mass are null."
+    ]
     made.lake.close()
 
 
