@@ -25,9 +25,8 @@ def bits_equal(left: Tensor, right: Tensor) -> bool:
     low, high = torch.aminmax(torch.bitwise_xor(left.view(integer), right.view(integer)))
     if int(low) == int(high) == 0:
         return True
-    if not math.isnan(
-        float(torch.aminmax(left).max)
-    ):  # the extremes of a tensor are NaN if anything in it is
+    # The extremes of a tensor are NaN if anything in it is, and cost a tenth of isnan().any().
+    if not math.isnan(float(torch.aminmax(left).max)):
         return False
     return bool(((left.view(integer) == right.view(integer)) | (left.isnan() & right.isnan())).all())
 
