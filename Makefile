@@ -24,7 +24,8 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/lakebed
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p lakebed
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks

@@ -65,9 +65,11 @@ _PRODUCTS = {
     "weight_decay_dot_update": ("weight_decay", "update", 1),
     "residual_dot_update": ("residual", "update", 1),
 }
-# Needed for cosines, not rows of their own.
-_HELPERS = {
-    "_exp_avg_before_l2": "exp_avg_before",
+_SUMS: dict[str, tuple[str, str, int]] = {
+    **{name: (source, source, 1) for name, source in _LENGTHS.items()},
+    **_PRODUCTS,
+    # Needed for cosines, not columns of their own.
+    "_exp_avg_before_l2": ("exp_avg_before", "exp_avg_before", 1),
     "_update_dot_exp_avg": ("update", "exp_avg_after", -1),
 }
 
@@ -149,8 +151,7 @@ def _add_terms(piece: dict[str, Tensor], step: ParameterStep) -> None:
 
 
 def _accumulate(sums: dict[str, float], maxima: dict[str, float], piece: dict[str, Tensor]) -> None:
-    for name, entry in (_LENGTHS | _PRODUCTS | _HELPERS).items():
-        left, right, sign = (entry, entry, 1) if isinstance(entry, str) else entry
+    for name, (left, right, sign) in _SUMS.items():
         if left in piece and right in piece:
             sums[name] = sums.get(name, 0.0) + sign * float(torch.dot(piece[left], piece[right]))
     for name, source in (("delta_max_abs", "update"), ("gradient_max_abs", "gradient")):

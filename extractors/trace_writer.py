@@ -181,9 +181,9 @@ class TraceWriter:
 
     def _updates(
         self, pending: PendingStep, before: TrainingState, after: TrainingState
-    ) -> list[dict[str, Any]]:
+    ) -> list[Mapping[str, Any]]:
         captured = pending.captured
-        rows = []
+        rows: list[Mapping[str, Any]] = []
         for name in captured.group_of:
             group = captured.groups[captured.group_of[name]]
             gradient = captured.gradients.get(name)
@@ -213,7 +213,7 @@ class TraceWriter:
         return rows
 
     def _rows(
-        self, pending: PendingStep, groups: str, updates: list[dict[str, Any]]
+        self, pending: PendingStep, groups: str, updates: list[Mapping[str, Any]]
     ) -> dict[str, list[Mapping[str, Any]]]:
         captured, first_in_block = pending.captured, not (self._block and self._block.steps)
         rng = pending.rng_state if pending.rng_state is not None else captured.rng_after
@@ -237,7 +237,7 @@ class TraceWriter:
         moments = self._replay is not None or all(
             name in (captured.after or self._previous).optimizer for name in MOMENTS
         )
-        step = {
+        step: Mapping[str, Any] = {
             "step": pending.step,
             "state": "stored" if stored else "replayed",
             "has_moments": moments,

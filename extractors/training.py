@@ -190,7 +190,8 @@ class _Driver:
         if first >= target:
             return TrainingResult(self.run, first, 0, 0, 0.0, stored_metrics(self.lake, self.run))
         progress.start(f"training {self.run}", target, first)
-        recorded, metrics = 0, stored_metrics(self.lake, self.run)
+        recorded = 0
+        metrics: Mapping[str, Metrics] = stored_metrics(self.lake, self.run)
         self._ensure_state()
         try:
             while loop.step < target:

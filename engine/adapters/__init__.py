@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class ParameterSlice:
         parameter: str,
         shape: tuple[int, ...],
         axis: int,
-        part: slice,
+        part: builtins.slice,
         layer: int | None,
         head: int | None = None,
         neuron: int | None = None,

@@ -1,0 +1,81 @@
+"""Every command of the README and the docs runs, every command line is documented, and every help has an example."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from lakebed.cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+# Run elsewhere with only one library importable.
+OWN_TEST = {"lake-format.md"}
+# Minutes of training, run by make demo and continuous integration.
+TOO_LONG = re.compile(r"^(make |git |pip |lakebed demo)", re.MULTILINE)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a demo.lake of 64 recorded steps, its svd, and a folder of checkpoints."""
+    folder = tmp_path_factory.mktemp("docs")
+    import torch
+    from lakebed.engine.config import load_config
+    from lakebed.engine.training import TrainingLoop
+
+    torch.set_num_threads(1)
+    run(folder, "lakebed train demo --lake demo.lake --run demo --num-steps 64 --threads 1")
+    run(folder, "lakebed extract svd --lake demo.lake --run demo --steps 0:64:8 --threads 1")
+    loop = TrainingLoop(load_config("demo"))
+    (folder / "checkpoints").mkdir()
+    for step in (1, 2):
+        loop.train_step()
+        state = {"step": step, "model_state": loop.model.state_dict(), "optimizer_state": loop.optimizer.state_dict()}
+        torch.save(state, folder / "checkpoints" / f"step_{step:06d}.pt")
+    return folder
+
+
+def run(folder: Path, script: str, program: tuple[str, ...] = ("bash", "-euo", "pipefail", "-c")) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*program, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(workplace, page):
+    for script in blocks(page, "sh"):
+        if not TOO_LONG.search(script):
+            run(workplace, script)
+    if page.name in OWN_TEST:
+        return
+    for script in blocks(page, "python"):
+        run(workplace, script, (sys.executable, "-c"))
+    for query in blocks(page, "sql"):
+        shown = run(workplace, query, ("lakebed", "sql", "--lake", "demo.lake", "--format", "jsonl"))
+        assert shown.strip(), f"no rows: {query}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_documented_and_its_help_has_an_example(name):
+    shown = CliRunner().invoke(cli, [name, "--help"])
+    assert shown.exit_code == 0, shown.output
+    assert "lakebed" in shown.output.split("Options:")[-1] or "Example" in shown.output, shown.output
+    assert any(f"lakebed {name}" in page.read_text(encoding="utf-8") for page in PAGES), f"lakebed {name} is in no page"
+
+
+def test_the_group_lists_every_command():
+    shown = CliRunner().invoke(cli, ["--help"]).output
+    for name, about in COMMANDS.items():
+        assert f"  {name} " in shown
+        assert about.split(":")[0].split(",")[0] in " ".join(shown.split())
