@@ -15,10 +15,12 @@ MACROS: dict[str, tuple[str, str]] = {
         "list_dot_product(v::DOUBLE[], v::DOUBLE[])",
     ),
     "abs_cosine(a, b)": (
-        "|cos| of two lists, at most 1; null when either is zero",
-        # least() skips nulls, and would make |cos| of a zero vector 1.
-        "CASE WHEN squared_norm(a) > 0 AND squared_norm(b) > 0 THEN least(1.0, "
-        "abs(list_dot_product(a::DOUBLE[], b::DOUBLE[])) / (sqrt(squared_norm(a)) * sqrt(squared_norm(b)))) END",
+        "|cos| of two lists, at most 1; null when either is zero, NaN when either holds NaN",
+        # least() skips nulls and NaN, and would make |cos| of such vectors 1.
+        "CASE WHEN squared_norm(a) = 0 OR squared_norm(b) = 0 OR a IS NULL OR b IS NULL THEN NULL "
+        "WHEN isfinite(squared_norm(a)) AND isfinite(squared_norm(b)) THEN least(1.0, "
+        "abs(list_dot_product(a::DOUBLE[], b::DOUBLE[])) / (sqrt(squared_norm(a)) * sqrt(squared_norm(b)))) "
+        "ELSE 'NaN'::DOUBLE END",
     ),
     "positive_part(x)": (
         "max(0, x); null stays null",

@@ -38,6 +38,7 @@ class Results:
             "lake": lake.uri,
         }
         self._made: list[str] = []
+        self._columns: dict[str, dict[str, str]] = {}
         taken = {*TABLES, *VIEWS, *(quantity.view for quantity in QUANTITIES.values())}
         try:
             for section in self.sections:
@@ -89,7 +90,10 @@ class Results:
 
     def columns(self, name: str) -> dict[str, str]:
         """SQL types of a section by column, in order."""
-        return {row["column_name"]: row["column_type"] for row in self.rows(f"DESCRIBE {name}")}
+        if name not in self._columns:
+            described = self.rows(f"DESCRIBE {name}")
+            self._columns[name] = {row["column_name"]: row["column_type"] for row in described}
+        return self._columns[name]
 
     def copy(self, source: str, path: Path, options: str) -> None:
         """Writes a section, or a parenthesised SELECT over sections, to a file."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from . import markdown
-from .output import ROW_FORMATS, OutputFolder, count_nonfinite, plain, to_json, write_rows
+from .output import ROW_FORMATS, OutputFolder, count_nonfinite, to_json, write_rows
 from .report import InvalidOption, Report, RowFile
 from .results import Results
 
@@ -42,7 +42,8 @@ def run_report(
         report.check(results)
         files, counts = _write_row_sets(results, folder.path, rows_format)
         plots = _draw(results, folder.path, chart_formats)
-        warnings = _warnings(results)
+        nonfinite = {name: count_nonfinite(results, name) for name in results.row_sets()}
+        warnings = _warnings(results, nonfinite)
         findings = report.findings(results)
         tables = [(each, results.rows(f"FROM {each.view}")) for each in report.tables]
         text = markdown.render(
@@ -60,7 +61,7 @@ def run_report(
             "findings": findings,
             "warnings": warnings,
             "row_counts": counts,
-            "nonfinite_values": {name: count_nonfinite(results, name) for name in results.row_sets()},
+            "nonfinite_values": nonfinite,
             "files": sorted(written),
             **{each.view: rows for each, rows in tables},
             **report.facts(lake, results),
@@ -103,10 +104,9 @@ def _write_row_sets(
     return files, counts
 
 
-def _warnings(results: Results) -> list[str]:
+def _warnings(results: Results, nonfinite: Mapping[str, Mapping[str, int]]) -> list[str]:
     lines = []
-    for section in results.row_sets():
-        found = count_nonfinite(results, section)
+    for section, found in nonfinite.items():
         if found:
             columns = ", ".join(f"{name} ({count:,})" for name, count in found.items())
             lines.append(f"{section} holds NaN or infinite values, written as null: {columns}.")
@@ -147,4 +147,4 @@ def _listing(results: Results, files: dict[str, str], counts: dict[str, int]) ->
     return listed
 
 
-__all__ = ["CHART_FORMATS", "DEFAULT_ROWS", "plain", "run_report"]
+__all__ = ["CHART_FORMATS", "DEFAULT_ROWS", "run_report"]

@@ -51,7 +51,8 @@ SELECT
     s.sigma[v.rank] AS singular_value,
     lag(s.step) OVER series AS previous_step,
     lag(v."values") OVER series AS previous_vector,
-    last_value(v."values") OVER (series ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS final_vector
+    last_value(v."values") OVER (series ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS final_vector,
+    last_value(s.step) OVER (series ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS final_step
 FROM singular_vectors AS v
 JOIN spectra AS s
     ON s.step = v.step AND s.layer = v.layer AND s.head IS NOT DISTINCT FROM v.head AND s.matrix_name = v.matrix
@@ -77,9 +78,13 @@ SELECT
 FROM pairs_of_ranks
 GROUP BY step, layer, head, matrix_name, vector_side, singular_value_rank
 
+-- A vector's |cos| with itself is 1, to the last digit too; NaN stays.
 -- rows: vector_alignment
 WITH cosines AS (
-    SELECT *, abs_cosine(vector, previous_vector) AS a, abs_cosine(vector, final_vector) AS f FROM vectors
+    SELECT
+        *, abs_cosine(vector, previous_vector) AS a, abs_cosine(vector, final_vector) AS rounded,
+        CASE WHEN step = final_step AND isfinite(rounded) THEN 1.0::DOUBLE ELSE rounded END AS f
+    FROM vectors
 )
 SELECT
     c.step, format('step_{:06d}', c.step) AS checkpoint_name,
@@ -96,12 +101,12 @@ LEFT JOIN nearest_previous AS n
     AND n.vector_side = c.vector_side AND n.singular_value_rank = c.singular_value_rank
 ORDER BY c.layer, c.head NULLS LAST, matrix_position(c.matrix_name), c.singular_value_rank, c.vector_side, c.step
 
--- What is least from each step on decides since when a direction has been aligned or stable for good.
+-- What is least from each step on decides since when a direction has been aligned or stable for good; NaN is neither.
 -- view: tails
 SELECT
     *,
-    min(final_abs_cosine) OVER tail AS least_final_ahead,
-    min(adjacent_abs_cosine) OVER tail AS least_adjacent_ahead,
+    min(CASE WHEN isnan(final_abs_cosine) THEN -1 ELSE final_abs_cosine END) OVER tail AS least_final_ahead,
+    min(CASE WHEN isnan(adjacent_abs_cosine) THEN -1 ELSE adjacent_abs_cosine END) OVER tail AS least_adjacent_ahead,
     count(adjacent_abs_cosine) OVER tail AS adjacent_ahead,
     step = max(step) OVER (PARTITION BY matrix_name, layer, head, singular_value_rank, vector_side) AS is_last
 FROM vector_alignment

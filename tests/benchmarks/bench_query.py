@@ -18,7 +18,9 @@ from lakebed.lake import Lake, Unit
 
 STEPS = (250, 500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 5250, 5500)
 LAYERS, HEADS, D_MODEL, D_FF = 3, 4, 128, 512
-_IMPORTS = "import duckdb, polars, pydantic, click; from lakebed.lake import Lake; import lakebed.lake.sources"
+_IMPORTS = (
+    "import duckdb, polars, pydantic, click; from lakebed.lake import Lake; import lakebed.lake.sources"
+)
 _QUERY = "import sys; from lakebed.cli.query import query; query(sys.argv[1:])"
 
 
@@ -28,7 +30,11 @@ def build(path: Path, steps: tuple[int, ...] = STEPS) -> None:
     width = D_MODEL // HEADS
     shapes = dict.fromkeys(("W_QK", "W_OV"), (D_MODEL, D_MODEL, width))
     shapes |= dict.fromkeys(("W_Q", "W_K", "W_V"), (width, D_MODEL, width))
-    shapes |= {"W_O": (D_MODEL, width, width), "W_in": (D_FF, D_MODEL, D_MODEL), "W_out": (D_MODEL, D_FF, D_MODEL)}
+    shapes |= {
+        "W_O": (D_MODEL, width, width),
+        "W_in": (D_FF, D_MODEL, D_MODEL),
+        "W_out": (D_MODEL, D_FF, D_MODEL),
+    }
     with Lake.create(path) as lake, lake.unit(Unit("svd", "ref", "svd", tuple(steps))) as writer:
         block = writer.tensor_rows("svd", steps, 1)
         for name, (rows, columns, ranks) in shapes.items():
@@ -61,11 +67,24 @@ def _seconds(program: str, *words: str) -> float:
 
 def run(repeats: int = 5) -> dict[str, float]:
     """Medians of wall seconds: the process with rows and Markdown only, with SVG charts, and the bare imports."""
-    measured: dict[str, list[float]] = {"imports": [], "rows_and_markdown": [], "with_svg_charts": [], "rank_16": []}
+    measured: dict[str, list[float]] = {
+        "imports": [],
+        "rows_and_markdown": [],
+        "with_svg_charts": [],
+        "rank_16": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         lake, out = Path(folder) / "bench.lake", Path(folder) / "out"
         build(lake)
-        words = ("weight-svd-patterns", "--lake", str(lake), "--out", str(out), "--overwrite", "--chart-format")
+        words = (
+            "weight-svd-patterns",
+            "--lake",
+            str(lake),
+            "--out",
+            str(out),
+            "--overwrite",
+            "--chart-format",
+        )
         for _ in range(repeats):
             measured["imports"].append(_seconds(_IMPORTS))
             measured["rows_and_markdown"].append(_seconds(_QUERY, *words, "none"))

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -64,7 +65,7 @@ def test_stdout_is_one_json_object(traced, tmp_path):
     assert found.exit_code == 0, found.exception
     printed = json.loads(found.stdout)
     assert printed["plots"] == {}
-    assert json.loads(open(printed["report"]).read())["steps"] == [1, 2, 3]
+    assert json.loads(Path(printed["report"]).read_text())["steps"] == [1, 2, 3]
 
 
 def test_options_reach_the_report(traced, tmp_path):
@@ -84,7 +85,7 @@ def test_options_reach_the_report(traced, tmp_path):
         "optimizer-update-trace", *words, "--out", str(tmp_path / "o"), env={"LAKEBED_LAKE": traced}
     )
     printed = json.loads(found.stdout)
-    content = json.loads(open(printed["report"]).read())
+    content = json.loads(Path(printed["report"]).read_text())
     assert (content["steps"], content["options"]) == ([2, 3], {"top_k_parameters": 0})
     assert "step_parquet" not in printed
     assert printed["step_csv"].endswith("optimizer_update_trace_steps.csv")

@@ -1,4 +1,7 @@
+import itertools
 import json
+import math
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -59,11 +62,9 @@ def test_many_series_and_steps_stay_under_the_limit():
 def test_labels_do_not_overlap_and_stay_inside(log_y):
     values = pl.DataFrame({"series": list("abcdef"), "value": [1.0, 1.01, 1.02, 5.0, 9.99, 10.0]})
     placed = spread_labels(values, (0.9, 10.0), 320, log_y)
-    import math
-
     scale = math.log if log_y else float
     pixels = [(scale(at) - scale(0.9)) / (scale(10.0) - scale(0.9)) * 320 for at in placed["label_at"]]
-    assert all(b - a >= 13 - 1e-6 for a, b in zip(pixels, pixels[1:], strict=False))
+    assert all(b - a >= 13 - 1e-6 for a, b in itertools.pairwise(pixels))
     assert pixels[-1] <= 320 + 1e-6
 
 
@@ -109,13 +110,13 @@ def test_every_format_of_every_chart(svd, trace, tmp_path):
         printed = run_report(made.lake, report, tmp_path / name, chart_formats=["svg", "png", "html", "vl"])
         assert len(printed["plots"]) == 4 * len(report.charts)
         for chart in report.charts:
-            svg = open(printed["plots"][chart.name]).read()
+            svg = Path(printed["plots"][chart.name]).read_text()
             assert svg.startswith("<svg")
             assert chart.title.split(":")[0] in svg
-            assert open(printed["plots"][f"{chart.name}.png"], "rb").read().startswith(b"\x89PNG")
-            page = open(printed["plots"][f"{chart.name}.html"]).read()
+            assert Path(printed["plots"][f"{chart.name}.png"]).read_bytes().startswith(b"\x89PNG")
+            page = Path(printed["plots"][f"{chart.name}.html"]).read_text()
             assert 'src="http' not in page  # readable offline
-            spec = json.loads(open(printed["plots"][f"{chart.name}.vl"]).read())
+            spec = json.loads(Path(printed["plots"][f"{chart.name}.vl"]).read_text())
             assert f"run {made.run}, steps" in json.dumps(spec["title"], ensure_ascii=False)
-        text = open(printed["markdown"]).read()
+        text = Path(printed["markdown"]).read_text()
         assert all(f"]({report.file_stem()}_{chart.name}.svg)" in text for chart in report.charts)

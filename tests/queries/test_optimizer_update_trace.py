@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 from lakebed.lake import Lake, Unit
@@ -17,7 +18,9 @@ def report(**options):
 def written(made, tmp_path, **options):
     printed = run_report(made.lake, report(**options), tmp_path / "out", chart_formats=[])
     keys = ("step_rows", "batch_rows", "parameter_update_rows")
-    return printed, *([json.loads(line) for line in open(printed[key])] for key in keys)
+    return printed, *(
+        [json.loads(line) for line in Path(printed[key]).read_text().splitlines()] for key in keys
+    )
 
 
 def root_sum(rows, column):
@@ -128,7 +131,7 @@ def test_printed_keys_and_replay_status(trace, tmp_path):
         "parameter_update_rows",
         "checkpoint_dir",
     } <= printed.keys()
-    content = json.loads(open(printed["report"]).read())
+    content = json.loads(Path(printed["report"]).read_text())
     assert content["historical_replay_status"] == "instrumented_from_initialization_exact_for_this_trace"
     assert content["historical_replay_blocker"] is None
     assert content["summary"]["steps"] == 8
@@ -148,7 +151,7 @@ def test_a_continuation_that_is_no_replay_says_why(tmp_path):
         writer.rows("training_steps", [row for row in made.step_rows if row["step"] == 11])
         writer.rows("parameter_updates", [row for row in made.update_rows if row["step"] == 11])
     printed, _, batches, _ = written(made, tmp_path, run="again")
-    content = json.loads(open(printed["report"]).read())
+    content = json.loads(Path(printed["report"]).read_text())
     assert content["historical_replay_status"] == "instrumented_continuation_not_historical_replay"
     assert content["historical_replay_blocker"] == "the batch order restarts"
     assert content["warnings"] == ["This trace is not a historical replay: the batch order restarts."]
@@ -158,7 +161,7 @@ def test_a_continuation_that_is_no_replay_says_why(tmp_path):
 
 def test_markdown_says_when_the_loss_fell_and_that_terms_are_arithmetic(trace, tmp_path):
     printed, *_ = written(trace, tmp_path)
-    text = open(printed["markdown"]).read()
+    text = Path(printed["markdown"]).read_text()
     assert "Over 8 recorded steps, 0 to 8, the loss went from" in text
     assert "**fell fastest between steps 0 and 2**" in text
     assert "arithmetic, not a counterfactual" in text
@@ -177,10 +180,10 @@ def test_a_foreign_loop_without_loss_and_moments(tmp_path):
             ],
         )
     printed = run_report(lake, report(), tmp_path / "o", chart_formats=["svg"])
-    content = json.loads(open(printed["report"]).read())
+    content = json.loads(Path(printed["report"]).read_text())
     assert content["historical_replay_status"] is None
     assert content["findings"][0] == "2 recorded steps, 0 to 2; no loss was logged."
-    row = json.loads(open(printed["step_rows"]).readline())
+    row = json.loads(Path(printed["step_rows"]).read_text().splitlines()[0])
     assert row["optimizer_state_entries"] == row["adam_exp_avg_count"] == 0
     assert row["adam_exp_avg_l2"] is None
     lake.close()

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -55,14 +56,16 @@ def test_rows_agree_across_formats(svd, tmp_path):
         chart_formats=[],
     )
     for stem in ("matrix_summary", "vector_alignment", "interval_event", "direction_birth"):
-        lines = open(printed[f"{stem}_rows"]).read().splitlines()
+        lines = Path(printed[f"{stem}_rows"]).read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         assert all(list(row) == sorted(row) for row in rows)
         assert pl.read_parquet(printed[f"{stem}_parquet"]).to_dicts() == rows
         csv = pl.read_csv(printed[f"{stem}_csv"], infer_schema_length=None)
         assert csv.columns == pl.read_parquet(printed[f"{stem}_parquet"]).columns
         assert csv.to_dicts() == rows
-    windows = [json.loads(line) for line in open(printed["coordination_window_rows"])]
+    windows = [
+        json.loads(line) for line in Path(printed["coordination_window_rows"]).read_text().splitlines()
+    ]
     assert all(list(item) == sorted(item) for row in windows for item in row["top_growth_matrices"])
 
 
@@ -172,11 +175,11 @@ def test_nan_is_null_and_counted(tmp_path):
 
     made = make_svd_lake(tmp_path / "l", [1, 2, 3], change=spoil)
     printed = run_report(made.lake, patterns(), tmp_path / "o", chart_formats=["vl"])
-    report = json.loads(open(printed["report"]).read())
+    report = json.loads(Path(printed["report"]).read_text())
     assert report["nonfinite_values"]["matrix_summary"]["singular_value_rank1_delta"] == 1
     assert any("NaN" in line for line in report["warnings"])
-    assert "**Warning.**" in open(printed["markdown"]).read()
-    text = open(printed["matrix_summary_rows"]).read()
+    assert "**Warning.**" in Path(printed["markdown"]).read_text()
+    text = Path(printed["matrix_summary_rows"]).read_text()
     assert "NaN" not in text
     (spoiled,) = (row for row in map(json.loads, text.splitlines()) if row["matrix_label"] == "L1H0 W_QK")
     assert spoiled["singular_value_rank1_delta"] is None
@@ -196,7 +199,7 @@ def test_nan_loss_is_counted_too(tmp_path):
     printed = run_report(
         made.lake, load_report("optimizer-update-trace").parse({}), tmp_path / "o", chart_formats=["svg"]
     )
-    report = json.loads(open(printed["report"]).read())
+    report = json.loads(Path(printed["report"]).read_text())
     assert report["nonfinite_values"]["step"] == {"loss": 1, "parameter_delta_l2": 1}
     assert "7 gradient entries were NaN or infinite, in 1 steps." in report["warnings"]
     made.lake.close()

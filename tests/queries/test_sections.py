@@ -4,7 +4,13 @@ from lakebed.queries.sections import SectionError, parse_sections
 
 
 def test_sections_in_order_with_their_parameters_and_reads():
-    text = "-- About.\n-- view: a\nSELECT $run AS r FROM steps -- FROM nowhere $no\n\n-- rows: b_rows\nWITH c AS (FROM a) FROM c JOIN a USING (r)\n"
+    text = """-- About.
+-- view: a
+SELECT $run AS r FROM steps -- FROM nowhere $no
+
+-- rows: b_rows
+WITH c AS (FROM a) FROM c JOIN a USING (r)
+"""
     first, second = parse_sections(text, "x.sql")
     assert (first.kind, first.name, first.parameters(), first.reads()) == ("view", "a", {"run"}, {"steps"})
     assert (second.kind, second.name, second.reads()) == ("rows", "b_rows", {"a", "c"})

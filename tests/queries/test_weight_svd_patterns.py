@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,15 +114,15 @@ def by_definition(
                 "total_abs_singular_value_rank1_delta": sum(abs(d) for d, _, _ in events.values()),
                 "total_positive_spectral_mass_top3_delta": sum(max(0, m) for _, m, _ in events.values()),
                 "mean_rank1_adjacent_rotation": sum(r for _, _, r in events.values()) / len(events),
-                "top_growth_matrices": [label for label in grown],
-                "top_rotation_matrices": [label for label in turned],
+                "top_growth_matrices": grown,
+                "top_rotation_matrices": turned,
             }
         )  # fmt: skip
     return out
 
 
 def birth(steps, vectors, rank, final, adjacent, patience):
-    f = [cosine(v[rank], vectors[-1, rank]) for v in vectors]
+    f = [cosine(v[rank], vectors[-1, rank]) for v in vectors[:-1]] + [1.0]
     a = [None] + [cosine(vectors[i, rank], vectors[i - 1, rank]) for i in range(1, len(steps))]
     aligned = next(steps[i] for i in range(len(steps)) if all(min(1.0, x) >= final for x in f[i:]))
     stable = [
@@ -161,7 +162,7 @@ def test_every_row_set_is_the_definition(svd, tmp_path, ranks):
     printed = run_report(svd.lake, report(max_vector_rank=ranks, **options), tmp_path / "o", chart_formats=[])
     expected = by_definition(svd, ranks, 0.8, 0.7, 2)
     for name, key in SETS.items():
-        rows = [json.loads(line) for line in open(printed[key])]
+        rows = [json.loads(line) for line in Path(printed[key]).read_text().splitlines()]
         wanted = sorted(expected[name], key=ORDER[name]) if name in ORDER else expected[name]
         assert len(rows) == len(wanted), name
         for row, values in zip(rows, wanted, strict=True):
@@ -170,7 +171,7 @@ def test_every_row_set_is_the_definition(svd, tmp_path, ranks):
 
 def test_first_step_has_no_neighbour(svd, tmp_path):
     printed = run_report(svd.lake, report(), tmp_path / "o", chart_formats=[])
-    rows = [json.loads(line) for line in open(printed["vector_alignment_rows"])]
+    rows = [json.loads(line) for line in Path(printed["vector_alignment_rows"]).read_text().splitlines()]
     at_start = [row for row in rows if row["step"] == 250]
     assert at_start
     for row in at_start:
@@ -230,19 +231,38 @@ def test_alignment_and_stability_against_brute_force(tmp_path_factory, angles, f
     f = [cosine(v[0], vectors[-1, 0]) for v in vectors]
     a = [cosine(vectors[i, 0], vectors[i - 1, 0]) for i in range(1, len(steps))]
     # Where a cosine lies on a threshold to the last digit, the order of a sum decides: nothing to compare there.
-    if all(abs(min(1, x) - final) > 1e-9 for x in f[:-1]) or final in (0.0,):
-        if final < 1:
-            assert row["first_final_alignment_step"] == wanted["first_final_alignment_step"]
+    if final == 0 or all(abs(min(1, x) - final) > 1e-9 for x in f[:-1]):
+        assert row["first_final_alignment_step"] == wanted["first_final_alignment_step"]
     if all(abs(min(1, x) - adjacent) > 1e-9 for x in a) or adjacent == 0:
         assert row["first_adjacent_stable_step"] == wanted["first_adjacent_stable_step"]
     assert row["total_rotation_to_final"] == pytest.approx(1 - min(1, f[0]), abs=1e-12)
-    assert row["end_final_abs_cosine"] == pytest.approx(1, abs=1e-12)
+    assert row["end_final_abs_cosine"] == 1
+
+
+def test_a_vector_with_nan_is_neither_aligned_nor_hidden(tmp_path):
+    def spoil(decomposed):
+        decomposed["W_QK"][1][1, 0, 0, 0, 3] = np.nan
+
+    made = make_svd_lake(tmp_path / "l", [1, 2, 3], change=spoil)
+    options = {"final_alignment_threshold": 0, "adjacent_stability_threshold": 0, "stability_patience": 1}
+    printed = run_report(made.lake, report(matrix=["W_QK"], **options), tmp_path / "o", chart_formats=[])
+    content = json.loads(Path(printed["report"]).read_text())
+    assert content["nonfinite_values"]["vector_alignment"]["final_abs_cosine"] == 1
+    with Results(made.lake, report(matrix=["W_QK"], **options)) as results:
+        spoiled, clean = results.rows(
+            "FROM direction_birth WHERE layer = 0 AND head = 0 ORDER BY vector_side = 'right'"
+        )
+    assert (spoiled["first_final_alignment_step"], spoiled["first_adjacent_stable_step"]) == (3, None)
+    assert (clean["first_final_alignment_step"], clean["first_adjacent_stable_step"]) == (1, 2)
+    made.lake.close()
 
 
 def test_all_eight_matrices_on_request(svd, tmp_path):
     names = ["W_QK", "W_OV", "W_Q", "W_K", "W_V", "W_O", "W_in", "W_out"]
     printed = run_report(svd.lake, report(matrix=names), tmp_path / "o", chart_formats=[])
-    windows = [json.loads(line) for line in open(printed["coordination_window_rows"])]
+    windows = [
+        json.loads(line) for line in Path(printed["coordination_window_rows"]).read_text().splitlines()
+    ]
     assert {row["num_matrices"] for row in windows} == {2 * 2 * 6 + 2 * 2}
 
 

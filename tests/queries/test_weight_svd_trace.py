@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def report(**options):
 def written(made, tmp_path, **options):
     printed = run_report(made.lake, report(**options), tmp_path / "out", chart_formats=[])
     return printed, {
-        key: [json.loads(line) for line in open(printed[key])]
+        key: [json.loads(line) for line in Path(printed[key]).read_text().splitlines()]
         for key in ("singular_values_jsonl", "top_singular_vectors_jsonl")
     }
 
@@ -90,7 +91,7 @@ def test_sums_are_the_stored_values_added_in_order(svd, tmp_path):
 
 def test_csv_header_is_in_the_contracts_order(svd, tmp_path):
     printed, _ = written(svd, tmp_path)
-    assert open(printed["singular_values_csv"]).readline().strip() == VALUE_COLUMNS
+    assert Path(printed["singular_values_csv"]).read_text().splitlines()[0].strip() == VALUE_COLUMNS
     assert [key for key in printed if not key.endswith("parquet")] == [
         "report", "markdown", "singular_values_jsonl", "singular_values_csv", "top_singular_vectors_jsonl", "plots",
     ]  # fmt: skip
@@ -138,7 +139,7 @@ def test_all_eight_matrices_by_default(svd, tmp_path):
 
 def test_markdown_leads_with_growth(svd, tmp_path):
     printed, _ = written(svd, tmp_path)
-    text = open(printed["markdown"]).read()
+    text = Path(printed["markdown"]).read_text()
     growth = {}
     for name, (sigma, *_) in svd.svd.items():
         for index in np.ndindex(sigma.shape[1:-1]):
@@ -150,7 +151,7 @@ def test_markdown_leads_with_growth(svd, tmp_path):
 
 def test_a_single_step_is_a_report_without_growth(svd, tmp_path):
     printed, _ = written(svd, tmp_path, steps="last")
-    assert "growth needs at least two steps" in open(printed["markdown"]).read()
+    assert "growth needs at least two steps" in Path(printed["markdown"]).read_text()
 
 
 def test_a_zero_spectrum_is_null_and_said(tmp_path):
@@ -161,7 +162,7 @@ def test_a_zero_spectrum_is_null_and_said(tmp_path):
     printed, rows = written(made, tmp_path)
     found = [row for row in rows["singular_values_jsonl"] if row["singular_value_sum"] == 0]
     assert {(r["effective_rank"], r["spectral_mass_top3"]) for r in found} == {(None, None)}
-    warnings = json.loads(open(printed["report"]).read())["warnings"]
+    warnings = json.loads(Path(printed["report"]).read_text())["warnings"]
     assert warnings == [
         "1 spectra are zero (first: L0H1 W_O at step 2); their effective rank and top-3 mass are null."
     ]
