@@ -133,7 +133,9 @@ class Receipt:
         row["tensors"] = [
             {**vars(entry), "steps": list(entry.steps), "names": list(entry.names)} for entry in self.tensors
         ]
-        return parquet_bytes(pa.Table.from_pylist([row], schema=TABLES["extractions"].arrow_schema()))
+        # Without statistics: of one row they tell nothing, and unlike its pages they carry no checksum.
+        table = pa.Table.from_pylist([row], schema=TABLES["extractions"].arrow_schema())
+        return parquet_bytes(table, statistics=False)
 
     @classmethod
     def from_parquet(cls, run: str, data: builtins.bytes, path: str) -> Receipt:
@@ -168,10 +170,10 @@ def receipt_key(run: str, unit: str) -> str:
     return f"{FOLDER}/run={run}/{unit}.parquet"
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table, statistics: bool = True) -> bytes:
     """zstd Parquet with page checksums."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, use_dictionary=True)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, write_statistics=statistics)
     return sink.getvalue()
 
 

@@ -27,6 +27,8 @@ class Storage:
     """A folder on a file system that fsspec knows."""
 
     def __init__(self, uri: str | os.PathLike[str], **options: Any) -> None:
+        if not os.fspath(uri):
+            raise LakeNotFound("an empty path names no lake: give a folder or a URI")
         self.uri = os.fspath(uri).rstrip("/") or "/"
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.uri, **options)

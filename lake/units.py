@@ -291,7 +291,7 @@ def conform(table: str, data: Any) -> pa.Table:
                 else pa.array(values, from_pandas=False)
             )
             arrays.append(array.cast(column.type))
-        except (pa.ArrowException, TypeError) as error:
+        except (pa.ArrowException, TypeError, OverflowError) as error:
             raise SchemaMismatch(
                 f"column {column.name!r} of table {table!r} does not fit {column.type}: {error}"
             ) from error

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from lakebed.lake import Lake, Unit
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from lakebed.lake import Lake, Unit
 from lakebed.lake.errors import InputMismatch, StorageFull, StorageRefused
 from lakebed.lake.storage import Storage
@@ -141,10 +140,15 @@ def test_a_killed_writer_loses_only_the_unit_in_flight(lake: Lake) -> None:
 
 def test_an_exception_leaves_nothing(lake: Lake, write_unit) -> None:
     write_unit(lake, [1], {"w": np.zeros((1, 3), np.float32)})
-    with pytest.raises(RuntimeError, match="stop"), lake.unit(Unit("trace", "ref", "second", (2,))) as writer:
-        writer.tensor_rows("gradients", [2], 8).write("w", np.ones((1, 3), np.float32))
-        writer.rows("training_steps", [{"step": 2}])
-        raise RuntimeError("stop")
+
+    def stopped() -> None:
+        with lake.unit(Unit("trace", "ref", "second", (2,))) as writer:
+            writer.tensor_rows("gradients", [2], 8).write("w", np.ones((1, 3), np.float32))
+            writer.rows("training_steps", [{"step": 2}])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
     lake.refresh()
     assert lake.tensor("gradients", "w").steps.tolist() == [1]
     result = verify(lake)
@@ -157,8 +161,13 @@ def test_a_unit_from_other_inputs_is_refused_by_name_and_input(lake: Lake, write
     made = write_unit(lake, [1], array, inputs={"checkpoint": "x", "probe": "p"})
     assert lake.find_receipt(made) is not None
     other = Unit("trace", "ref", made.name, (1,), inputs={"checkpoint": "y", "probe": "p"})
-    for call in (lambda: lake.find_receipt(other), lambda: write_unit(lake, [1], array, inputs=dict(other.inputs))):
-        with pytest.raises(InputMismatch, match=r"made from other inputs \(checkpoint\): use another run name"):
+    for call in (
+        lambda: lake.find_receipt(other),
+        lambda: write_unit(lake, [1], array, inputs=dict(other.inputs)),
+    ):
+        with pytest.raises(
+            InputMismatch, match=r"made from other inputs \(checkpoint\): use another run name"
+        ):
             call()
     newer = Unit("trace", "ref", made.name, (1,), inputs=dict(made.inputs), version=2)
     with pytest.raises(InputMismatch, match="code version 1 in the lake, 2 now"):
@@ -236,7 +245,9 @@ def test_a_full_disk_shows_nothing_and_goes_on_when_there_is_space(small_disk: P
 
 
 @pytest.mark.parametrize("where", ["chunk", "table", "receipt"])
-def test_every_place_of_a_commit_may_run_out_of_space(lake: Lake, write_unit, monkeypatch, where: str) -> None:
+def test_every_place_of_a_commit_may_run_out_of_space(
+    lake: Lake, write_unit, monkeypatch, where: str
+) -> None:
     import lakebed.lake.storage as storage_module
 
     part = {"chunk": "/tensors/", "table": "/training_steps/", "receipt": "/extractions/"}[where]
@@ -260,7 +271,7 @@ def test_every_place_of_a_commit_may_run_out_of_space(lake: Lake, write_unit, mo
 
 def test_a_refused_write_is_one_line(lake: Lake, write_unit) -> None:
     Path(lake.uri, "tables").write_text("a file where a folder must be")
-    with pytest.raises(StorageRefused, match="cannot write tables/training_steps/.*: Not a directory"):
+    with pytest.raises(StorageRefused, match=r"cannot write tables/training_steps/.*: Not a directory"):
         write_unit(lake, [1], {"w": np.ones((1, 3), np.float32)})
 
 

@@ -12,7 +12,6 @@ import xarray
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lakebed.lake import Lake, Unit, codec
 from lakebed.lake.axis import publish
 from lakebed.lake.errors import InputMismatch
@@ -66,7 +65,9 @@ def test_what_is_written_reads_back_everywhere(case: dict[str, Any]) -> None:
             read_with_sql(lake, case["name"], truth)
 
 
-def write_in_parts(lake: Lake, unit: str, steps: list[int], array: np.ndarray[Any, Any], case: dict[str, Any]) -> None:
+def write_in_parts(
+    lake: Lake, unit: str, steps: list[int], array: np.ndarray[Any, Any], case: dict[str, Any]
+) -> None:
     with lake.unit(Unit("trace", "ref", unit, tuple(steps))) as writer:
         block = writer.tensor_rows("gradients", steps, case["block_rows"])
         rows = block.layout(case["name"], case["shape"], case["dtype"]).chunk_rows
@@ -112,7 +113,9 @@ def read_with_sql(lake: Lake, name: str, truth: dict[int, np.ndarray[Any, Any]])
     expected = []
     for step in sorted(truth):
         cells = truth[step].astype(np.float32)
-        matrix = cells.reshape(-1, cells.shape[-1]) if cells.ndim > 1 and cells.shape[-1] else cells.reshape(1, -1)
+        matrix = (
+            cells.reshape(-1, cells.shape[-1]) if cells.ndim > 1 and cells.shape[-1] else cells.reshape(1, -1)
+        )
         if cells.ndim > 1 and not cells.shape[-1]:
             matrix = np.empty((int(np.prod(cells.shape[:-1])), 0), np.float32)
         expected += [(step, row, list_of.tolist()) for row, list_of in enumerate(matrix)]
@@ -138,7 +141,9 @@ def test_a_chunk_is_what_zarr_python_writes(tmp_path) -> None:
         np.testing.assert_array_equal(zarr.open_array(folder, mode="r")[:], array)
 
 
-@pytest.mark.parametrize(("row_shape", "block_rows"), [((), 8), ((3,), 4), ((50257, 768), 64), ((128, 128), 1)])
+@pytest.mark.parametrize(
+    ("row_shape", "block_rows"), [((), 8), ((3,), 4), ((50257, 768), 64), ((128, 128), 1)]
+)
 def test_chunks_divide_blocks_and_stay_near_their_size(row_shape, block_rows) -> None:
     layout = codec.choose_layout(row_shape, np.float32, block_rows)
     assert block_rows % layout.chunk_rows == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-
 from lakebed.lake import Lake, Unit
 
 # Two runs, three parameters, four chunks of eight steps each: 24 chunks in all.
@@ -25,9 +24,9 @@ FILTERS = [
     ("(parameter = 'b' AND step = 0) OR (parameter = 'c.w' AND step = 31)", 4),
     ("parameter LIKE 'a%' AND run = 'ref' AND step < 8", 3),
     ("parameter = 'a.w' AND \"row\" = 2 AND step = 9 AND run = 'ref'", 1),
-    ("\"row\" = 3", 8),
-    ("\"row\" >= 1 AND step < 8", 4),
-    ("\"row\" = 99", 0),
+    ('"row" = 3', 8),
+    ('"row" >= 1 AND step < 8', 4),
+    ('"row" = 99', 0),
     ("parameter = 'b' OR step = 0", 12),
     ("step = 4 AND values[1] > 0 AND run = 'ref'", 3),
     ("parameter IS NULL", 0),
@@ -42,7 +41,7 @@ def rows_and_chunks(lake: Lake, query: str) -> tuple[list[tuple[object, ...]], i
 
 @pytest.mark.parametrize(("where", "chunks"), FILTERS)
 def test_filters_choose_chunks_and_rows(filled: Lake, where: str, chunks: int) -> None:
-    query = f"SELECT run, step, parameter, \"row\", values FROM {{}} WHERE {where} ORDER BY ALL"
+    query = f'SELECT run, step, parameter, "row", values FROM {{}} WHERE {where} ORDER BY ALL'
     found, opened = rows_and_chunks(filled, query.format("gradients"))
     filled.session.connection.execute("CREATE TABLE plain AS SELECT * FROM gradients")
     assert found == filled.session.connection.execute(query.format("plain")).fetchall()
@@ -54,7 +53,7 @@ def test_filters_choose_chunks_and_rows(filled: Lake, where: str, chunks: int) -
     [
         "SELECT count(*) FROM gradients",
         "SELECT DISTINCT run, step, parameter FROM gradients",
-        "SELECT max(\"row\") FROM gradients WHERE \"row\" < 3",
+        'SELECT max("row") FROM gradients WHERE "row" < 3',
         "SELECT step FROM gradients WHERE parameter = 'b' LIMIT 1",
     ],
 )
@@ -83,7 +82,9 @@ def test_memory_of_a_scan_does_not_grow_with_the_trace(lake: Lake, write_unit) -
         write_unit(lake, range(start, start + 16), {"w": np.ones((16, 256, 256), np.float32)}, block_rows=16)
     total = 320 * 256 * 256 * 4
     tracemalloc.start()
-    rows = lake.session.execute("SELECT step, sum(squared_norm(values)) FROM gradients GROUP BY step").fetchall()
+    rows = lake.session.execute(
+        "SELECT step, sum(squared_norm(values)) FROM gradients GROUP BY step"
+    ).fetchall()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert {norm for _, norm in rows} == {256.0 * 256}
@@ -111,11 +112,15 @@ def test_polars_reads_the_same_rows(filled: Lake, engine: str) -> None:
 
 def test_polars_filters_choose_chunks(filled: Lake) -> None:
     before = filled.chunks_read
-    filled.table("gradients", "ref").filter((pl.col("parameter") == "b") & pl.col("step").is_between(8, 15)).collect()
+    filled.table("gradients", "ref").filter(
+        (pl.col("parameter") == "b") & pl.col("step").is_between(8, 15)
+    ).collect()
     assert filled.chunks_read - before == 1
 
 
-@pytest.mark.parametrize("where", ["parameter LIKE '%w'", "parameter LIKE 'a%'", "step % 8 = 1", "step > 3.5"])
+@pytest.mark.parametrize(
+    "where", ["parameter LIKE '%w'", "parameter LIKE 'a%'", "step % 8 = 1", "step > 3.5"]
+)
 def test_other_functions_are_decided_after_reading(filled: Lake, where: str) -> None:
     """Limitation of docs/lake-format.md: DuckDB hands over comparisons with constants of the column's type, no more."""
     rows, opened = rows_and_chunks(filled, f"SELECT step, values FROM gradients WHERE {where}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import doctest
 
+import lakebed.lake.steps as steps_module
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-import lakebed.lake.steps as steps_module
 from lakebed.lake.steps import StepSyntax, select_steps, step_option, summarize_steps
 
 THERE = [0, 250, 500, 900]
@@ -42,7 +41,9 @@ def test_grammar(text, expected) -> None:
     assert select_steps(text, THERE) == expected
 
 
-@pytest.mark.parametrize("text", ["x", "", "1:2:3:4", "1:9:0", "9:1:2", "1.5", "-3", "1;2", ":9:3", "1,,2", "first:last"])
+@pytest.mark.parametrize(
+    "text", ["x", "", "1:2:3:4", "1:9:0", "9:1:2", "1.5", "-3", "1;2", ":9:3", "1,,2", "first:last"]
+)
 def test_what_is_not_in_it_is_refused_with_the_grammar(text) -> None:
     if text == "":
         assert select_steps(text, THERE) == THERE
