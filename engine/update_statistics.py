@@ -6,8 +6,11 @@ Every number is a float64 sum over the float32 tensors of the step. The split of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +42,7 @@ class ParameterStep:
 
 
 Statistics = dict[str, float | int | bool | None]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 _LENGTHS = {
@@ -65,6 +69,8 @@ _PRODUCTS = {
     "weight_decay_dot_update": ("weight_decay", "update", 1),
     "residual_dot_update": ("residual", "update", 1),
 }
+_TERMS = ("current_gradient", "momentum", "weight_decay", "residual")
+_PEAKS = {"delta_max_abs": "update", "gradient_max_abs": "gradient"}
 _SUMS: dict[str, tuple[str, str, int]] = {
     **{name: (source, source, 1) for name, source in _LENGTHS.items()},
     **_PRODUCTS,
@@ -75,40 +81,30 @@ _SUMS: dict[str, tuple[str, str, int]] = {
 
 
 def parameter_statistics(step: ParameterStep) -> Statistics:
-    """One row of `parameter_updates`, without its keys. Norms of NaN are NaN: a broken step is reported as it is.
+    """`step_statistics` of a single parameter."""
+    return step_statistics([step])[0]
 
-    Cosines are None where a vector is zero or absent; the terms are None without an Adam group.
+
+def step_statistics(steps: Sequence[ParameterStep]) -> list[Statistics]:
+    """Rows of `parameter_updates` without their keys, one per parameter of a step, in the order given.
+
+    Norms of NaN are NaN: a broken step is reported as it is. Cosines are None where a vector is zero or absent; the
+    terms are None without an Adam group. Parameters that share hyperparameters are measured end to end in one flat
+    buffer, because a small model has more parameters than work.
     """
-    flat = _flattened(step)
-    count = step.weight_before.numel()
-    sums: dict[str, float] = {}
-    maxima = {"delta_max_abs": 0.0, "gradient_max_abs": 0.0}
-    nonfinite = 0
-    for start in range(0, max(count, 1), _PIECE):
-        piece = {name: tensor[start : start + _PIECE].to(torch.float64) for name, tensor in flat.items()}
-        _add_terms(piece, step)
-        _accumulate(sums, maxima, piece)
-        if "gradient" in piece and not math.isfinite(sums["gradient_l2"] + sums["clipped_gradient_l2"]):
-            nonfinite += int((~(piece["gradient"].isfinite() & piece["applied"].isfinite())).sum())
-    row: Statistics = {name: math.sqrt(sums[name]) for name in _LENGTHS if name in sums}
-    row.update({name: sums[name] for name in _PRODUCTS if name in sums})
-    row.update({name: value for name, value in maxima.items() if name.split("_")[0] in ("delta", *flat)})
-    row.update(
-        numel=count,
-        has_gradient=step.gradient is not None,
-        optimizer_step=step.step_count,
-        nonfinite_gradient_entries=nonfinite,
-    )
-    if step.group is not None and step.gradient is not None:
-        rate = abs(step.group.learning_rate)
-        row.update(
-            raw_sgd_l2=rate * _number(row["gradient_l2"]),
-            clipped_sgd_l2=rate * _number(row["clipped_gradient_l2"]),
-        )
-    return row | _cosines(row, sums)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, step in enumerate(steps):
+        dtypes = tuple((name, tensor.dtype, tensor.device) for name, tensor in _tensors(step).items())
+        alike.setdefault((step.group, step.step_count, dtypes), []).append(index)
+    rows: list[Statistics] = [{} for _ in steps]
+    for indices in alike.values():
+        members = [steps[index] for index in indices]
+        for index, row in zip(indices, _measure(members), strict=True):
+            rows[index] = row
+    return rows
 
 
-def _flattened(step: ParameterStep) -> dict[str, Tensor]:
+def _tensors(step: ParameterStep) -> dict[str, Tensor]:
     named = {
         "weight_before": step.weight_before,
         "weight_after": step.weight_after,
@@ -119,7 +115,29 @@ def _flattened(step: ParameterStep) -> dict[str, Tensor]:
         "exp_avg_sq_before": step.exp_avg_sq_before,
         "exp_avg_sq_after": step.exp_avg_sq_after,
     }
-    return {name: tensor.detach().reshape(-1) for name, tensor in named.items() if tensor is not None}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _measure(members: Sequence[ParameterStep]) -> list[Statistics]:
+    named = [_tensors(step) for step in members]
+    flat = {name: torch.cat([of[name].detach().reshape(-1) for of in named]) for name in named[0]}
+    sizes = np.array([step.weight_before.numel() for step in members])
+    ends = np.cumsum(sizes)
+    totals = {name: np.zeros(len(members)) for name in (*_SUMS, *_PEAKS, "nonfinite")}
+    for start in range(0, int(ends[-1]), _PIECE):
+        piece = {name: tensor[start : start + _PIECE].to(torch.float64) for name, tensor in flat.items()}
+        _add_terms(piece, members[0])
+        stop = start + len(piece["update"])
+        # Parameters that have an element in this piece, and where in it the first of each lies.
+        first = int(np.searchsorted(ends, start, side="right"))
+        inside = [i for i in range(first, int(np.searchsorted(ends, stop - 1, side="right")) + 1) if sizes[i]]
+        starts = np.maximum(ends[inside] - sizes[inside] - start, 0)
+        _accumulate(totals, piece, np.array(inside), starts)
+    present = {*flat, "update", *(_TERMS if members[0].group is not None and "gradient" in flat else ())}
+    return [
+        _row(step, {name: float(total[i]) for name, total in totals.items()}, present)
+        for i, step in enumerate(members)
+    ]
 
 
 def _add_terms(piece: dict[str, Tensor], step: ParameterStep) -> None:
@@ -150,17 +168,40 @@ def _add_terms(piece: dict[str, Tensor], step: ParameterStep) -> None:
     piece["residual"] = terms.residual
 
 
-def _accumulate(sums: dict[str, float], maxima: dict[str, float], piece: dict[str, Tensor]) -> None:
+def _accumulate(totals: dict[str, Array], piece: dict[str, Tensor], inside: Array, starts: Array) -> None:
+    arrays = {name: tensor.numpy(force=True) for name, tensor in piece.items()}
     for name, (left, right, sign) in _SUMS.items():
-        if left in piece and right in piece:
-            sums[name] = sums.get(name, 0.0) + sign * float(torch.dot(piece[left], piece[right]))
-    for name, source in (("delta_max_abs", "update"), ("gradient_max_abs", "gradient")):
-        if source in piece and piece[source].numel():
-            low, high = (float(end) for end in torch.aminmax(piece[source]))
-            peak = max(-low, high)
-            maxima[name] = (
-                math.nan if math.isnan(low) or math.isnan(maxima[name]) else max(maxima[name], peak)
-            )
+        if left in arrays and right in arrays:
+            totals[name][inside] += sign * np.add.reduceat(arrays[left] * arrays[right], starts)
+    for name, source in _PEAKS.items():
+        if source in arrays:
+            peak = np.maximum.reduceat(np.abs(arrays[source]), starts)  # NaN wins, as it should
+            totals[name][inside] = np.maximum(totals[name][inside], peak)
+    if "gradient" in arrays and not np.isfinite(totals["gradient_l2"] + totals["clipped_gradient_l2"]).all():
+        broken = ~(np.isfinite(arrays["gradient"]) & np.isfinite(arrays["applied"]))
+        totals["nonfinite"][inside] += np.add.reduceat(broken.astype(np.float64), starts)
+
+
+def _row(step: ParameterStep, sums: dict[str, float], present: set[str]) -> Statistics:
+    def known(source: tuple[str, str, int] | str) -> bool:
+        return source in present if isinstance(source, str) else {source[0], source[1]} <= present
+
+    row: Statistics = {name: math.sqrt(sums[name]) for name, source in _LENGTHS.items() if known(source)}
+    row.update({name: sums[name] for name, source in _PRODUCTS.items() if known(source)})
+    row.update({name: sums[name] for name, source in _PEAKS.items() if known(source)})
+    row.update(
+        numel=step.weight_before.numel(),
+        has_gradient=step.gradient is not None,
+        optimizer_step=step.step_count,
+        nonfinite_gradient_entries=int(sums["nonfinite"]),
+    )
+    if step.group is not None and step.gradient is not None:
+        rate = abs(step.group.learning_rate)
+        row.update(
+            raw_sgd_l2=rate * _number(row["gradient_l2"]),
+            clipped_sgd_l2=rate * _number(row["clipped_gradient_l2"]),
+        )
+    return row | _cosines(row, {name: sums[name] for name, source in _SUMS.items() if known(source)})
 
 
 def _cosines(row: Statistics, sums: dict[str, float]) -> Statistics:

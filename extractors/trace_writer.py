@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.optimizer import AdamGroup, AdamReplay, parameter_groups
 from ..engine.tap import CapturedStep, TrainingState
-from ..engine.update_statistics import ParameterStep, parameter_statistics
+from ..engine.update_statistics import ParameterStep, step_statistics
 from ..lake import Lake, Unit
 from ..lake.axis import publish
 from ..lake.datasets import CHECKPOINT
@@ -183,34 +183,12 @@ class TraceWriter:
         self, pending: PendingStep, before: TrainingState, after: TrainingState
     ) -> list[Mapping[str, Any]]:
         captured = pending.captured
-        rows: list[Mapping[str, Any]] = []
-        for name in captured.group_of:
-            group = captured.groups[captured.group_of[name]]
-            gradient = captured.gradients.get(name)
-            applied = gradient
-            if captured.applied is not None:
-                applied = captured.applied.get(name)
-            elif gradient is not None and captured.clip_coefficient not in (None, 1.0):
-                applied = gradient * captured.clip_coefficient
-            moments = [
-                [state.optimizer.get(key, {}).get(name) for key in MOMENTS] for state in (before, after)
-            ]
-            measured = parameter_statistics(
-                ParameterStep(
-                    before.weights[name],
-                    after.weights[name],
-                    gradient,
-                    applied,
-                    moments[0][0],
-                    moments[1][0],
-                    moments[0][1],
-                    moments[1][1],
-                    group if isinstance(group, AdamGroup) else None,
-                    captured.step_counts[name],
-                )
-            )
-            rows.append({"step": pending.step, "parameter": name, **measured})
-        return rows
+        steps = [_parameter_step(captured, name, before, after) for name in captured.group_of]
+        measured = step_statistics(steps)
+        return [
+            {"step": pending.step, "parameter": name, **row}
+            for name, row in zip(captured.group_of, measured, strict=True)
+        ]
 
     def _rows(
         self, pending: PendingStep, groups: str, updates: list[Mapping[str, Any]]
@@ -317,6 +295,31 @@ def write_state(
                 }
             ],
         )
+
+
+def _parameter_step(
+    captured: CapturedStep, name: str, before: TrainingState, after: TrainingState
+) -> ParameterStep:
+    group = captured.groups[captured.group_of[name]]
+    gradient = applied = captured.gradients.get(name)
+    if captured.applied is not None:
+        applied = captured.applied.get(name)
+    elif gradient is not None and captured.clip_coefficient not in (None, 1.0):
+        applied = gradient * captured.clip_coefficient
+    moments = {
+        f"{key}_{when}": state.optimizer.get(key, {}).get(name)
+        for key in MOMENTS
+        for when, state in (("before", before), ("after", after))
+    }
+    return ParameterStep(
+        before.weights[name],
+        after.weights[name],
+        gradient,
+        applied,
+        group=group if isinstance(group, AdamGroup) else None,
+        step_count=captured.step_counts[name],
+        **moments,
+    )
 
 
 def _replay_state(replay: AdamReplay) -> TrainingState:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lakebed.engine import update_statistics
 from lakebed.engine.optimizer import AdamGroup, AdamReplay
-from lakebed.engine.update_statistics import ParameterStep, parameter_statistics
+from lakebed.engine.update_statistics import ParameterStep, parameter_statistics, step_statistics
 
 
 def stepped(seed=0, size=40, steps=4, clip=0.3, group=None):
@@ -18,7 +18,11 @@ def stepped(seed=0, size=40, steps=4, clip=0.3, group=None):
     group = group or AdamGroup(3e-2, 0.9, 0.95, 1e-8, 0.1)
     replay = AdamReplay({"w": torch.randn(size, generator=generator)})
     for count in range(1, steps + 1):
-        before, m, v = replay.weights["w"].clone(), replay.exp_avg["w"].clone(), replay.exp_avg_sq["w"].clone()
+        before, m, v = (
+            replay.weights["w"].clone(),
+            replay.exp_avg["w"].clone(),
+            replay.exp_avg_sq["w"].clone(),
+        )
         gradient = replay.weights["w"] + torch.randn(size, generator=generator)
         replay.step({"w": gradient}, clip, [group], {"w": 0})
     after, m1, v1 = replay.weights["w"], replay.exp_avg["w"], replay.exp_avg_sq["w"]
@@ -39,7 +43,11 @@ def by_hand(step: ParameterStep) -> dict:
     v = group.beta2 * v0 + (1 - group.beta2) * (gc + coupled) ** 2
     rate = group.learning_rate / (1 - group.beta1**k) / (np.sqrt(v / (1 - group.beta2**k)) + group.eps)
     current, momentum = -rate * (1 - group.beta1) * gc, -rate * group.beta1 * m0
-    decay = -group.learning_rate * group.weight_decay * w0 if group.decoupled else -rate * (1 - group.beta1) * coupled
+    decay = (
+        -group.learning_rate * group.weight_decay * w0
+        if group.decoupled
+        else -rate * (1 - group.beta1) * coupled
+    )
     residual = update - current - momentum - decay
     cosine = lambda a, b: (a @ b) / np.sqrt((a @ a) * (b @ b))  # noqa: E731
     norm = lambda a: np.sqrt((a * a).sum())  # noqa: E731
@@ -90,11 +98,15 @@ def test_every_number_is_the_definition(monkeypatch, piece, decoupled):
         assert found[name] == pytest.approx(value, rel=1e-10, abs=1e-15), name
 
 
-@given(seed=st.integers(0, 10_000), size=st.integers(1, 300), steps=st.integers(1, 6), clip=st.floats(1e-3, 1.0))
+@given(
+    seed=st.integers(0, 10_000), size=st.integers(1, 300), steps=st.integers(1, 6), clip=st.floats(1e-3, 1.0)
+)
 @settings(max_examples=40, deadline=None)
 def test_the_terms_sum_to_the_update(seed, size, steps, clip):
     row = parameter_statistics(stepped(seed, size, steps, clip))
-    products = sum(row[f"{name}_dot_update"] for name in ("current_gradient", "momentum", "weight_decay", "residual"))
+    products = sum(
+        row[f"{name}_dot_update"] for name in ("current_gradient", "momentum", "weight_decay", "residual")
+    )
     assert products == pytest.approx(row["delta_l2"] ** 2, rel=1e-9, abs=1e-18)
     # What is left is the float32 rounding of the weights.
     assert row["residual_l2"] <= 4e-7 * max(row["weight_l2"], row["weight_l2_before"]) * size**0.5
@@ -127,7 +139,9 @@ def test_nan_is_counted_and_shown():
     step = stepped()
     gradient = step.gradient.clone()
     gradient[[3, 17]] = torch.tensor([float("nan"), float("-inf")])
-    row = parameter_statistics(ParameterStep(step.weight_before, step.weight_after, gradient, gradient, group=step.group))
+    row = parameter_statistics(
+        ParameterStep(step.weight_before, step.weight_after, gradient, gradient, group=step.group)
+    )
     assert row["nonfinite_gradient_entries"] == 2
     assert np.isnan(row["gradient_l2"])
     assert np.isnan(row["gradient_max_abs"])
@@ -140,3 +154,26 @@ def test_an_empty_and_a_scalar_parameter():
     one = torch.tensor(2.0)
     row = parameter_statistics(ParameterStep(one, one + 1, one, one))
     assert (row["delta_l2"], row["gradient_l2"], row["update_dot_weight"]) == (1.0, 2.0, 2.0)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=7),
+    piece=st.integers(1, 80),
+    clip=st.sampled_from([0.3, 1.0]),
+)
+@settings(max_examples=40, deadline=None)
+def test_many_parameters_at_once_give_what_each_gives_alone(sizes, piece, clip):
+    other = AdamGroup(1e-2, 0.8, 0.9, 1e-6, 0.0)
+    steps = [
+        stepped(seed, size, steps=3 + seed % 2, clip=clip, group=other if seed % 3 == 2 else None)
+        for seed, size in enumerate(sizes)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update_statistics, "_PIECE", piece)
+        together = step_statistics(steps)
+    for step, row in zip(steps, together, strict=True):
+        alone = parameter_statistics(step)
+        assert row.keys() == alone.keys()
+        for name, value in alone.items():
+            expected = value if value is None else pytest.approx(value, rel=1e-11, abs=1e-16)
+            assert row[name] == expected, name
