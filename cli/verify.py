@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 @click.command(epilog="Example: lakebed verify --lake demo.lake --run demo")
 @lake_option
 @click.option("--run", metavar="NAME", help="Only this run (default: every run).")
-def verify(lake_uri: str, run: str | None) -> int:
+@click.option(
+    "--replay", is_flag=True, help="Also replay every recorded block and compare it with its anchor, bit for bit."
+)
+def verify(lake_uri: str, run: str | None, replay: bool) -> int:
     """Check every file of the lake against the length and checksum of its receipt.
 
     Prints one JSON object: ok, files, bytes, damaged (path, reason, remedy, run, unit, dataset) and unreferenced
@@ -29,7 +32,15 @@ def verify(lake_uri: str, run: str | None) -> int:
 
     with Lake.open(lake_uri) as lake:
         result = _with_progress(lake, run)
-    found = result.to_json()
+        found = result.to_json()
+        if replay and found["ok"]:
+            from ..extractors.replay import verify_replay
+            from .progress import Bars
+
+            with Bars() as bars:
+                compared = verify_replay(lake, run, bars)
+            found["replayed"], found["differing"] = compared.replayed, compared.differing
+            found["ok"] = not compared.differing
     click.echo(json.dumps(found, indent=2))
     return 0 if found["ok"] else 1
 

@@ -48,6 +48,7 @@ class StateReader:
         rows = lake.table("steps", run).sort("step").collect()
         self._steps: dict[int, dict[str, Any]] = {row["step"]: row for row in rows.to_dicts()}
         parameters = lake.table("parameters", run).sort("position").collect().to_dicts()
+        self._recorded_steps: set[int] | None = None
         self._dtypes = {row["parameter"]: getattr(torch, row["dtype"]) for row in parameters}
         self._group_of = {
             row["parameter"]: row["optimizer_group"]
@@ -72,6 +73,13 @@ class StateReader:
     def is_replayed(self, step: int) -> bool:
         """Whether a step's state is computed from the trace rather than stored."""
         return bool(self._steps[step]["state"] == "replayed")
+
+    def is_recorded(self, start: int, stop: int) -> bool:
+        """Whether every step from `start` (exclusive) to `stop` was recorded with its gradients."""
+        if self._recorded_steps is None:
+            rows = self.lake.table("training_steps", self.run).select("step").collect()
+            self._recorded_steps = set(rows["step"])
+        return self._recorded_steps.issuperset(range(start + 1, stop + 1))
 
     def identity(self, step: int) -> str:
         """Content hash of the state at `step`."""

@@ -183,3 +183,27 @@ def test_two_processes_extract_the_same_units_at_once(lake, config, benchmark_da
     assert counts == [(13 * per_step, 13 * per_step)]
     assert list(lake.tensor("svd", "W_QK.U", "r").steps) == list(range(0, 25, 2))
     assert verify(lake).ok
+
+
+def test_verify_replays_every_block_and_names_the_one_that_differs(lake, config, benchmark_data):
+    from lakebed.extractors.replay import verify_replay
+    from lakebed.lake.receipts import Unit
+
+    train(lake, "r", config, num_steps=12, benchmark=benchmark_data, anchor_every=4)
+    train(lake, "window", config, num_steps=12, benchmark=benchmark_data, anchor_every=4, record="4:8")
+    good = verify_replay(lake)
+    assert (good.replayed, good.differing) == ({"r": 12, "window": 4}, [])
+    # A run whose stored gradients were those of other steps: every checksum is right, and the replay is not.
+    rows = lake.receipts.get("r", "trace-00000005-00000008")
+    entry = next(tensor for tensor in rows.tensors if tensor.quantity == "gradients")
+    name = "blocks.0.attn.q_proj.weight"
+    changed = lake.tensor("gradients", name, "r").read([5, 6, 7, 8]) * np.float32(1.5)
+    with lake.unit(Unit("trace", "r", "forged")) as writer:
+        block = writer.tensor_rows("gradients", entry.steps, 4)
+        block.first_row = entry.first_row
+        block.write(name, changed)
+        block.steps = ()
+    found = verify_replay(lake, "r")
+    assert found.replayed == {"r": 8}
+    assert len(found.differing) == 1
+    assert "replaying steps 4 to 8 gives another" in found.differing[0]
