@@ -25,6 +25,8 @@ from .errors import CorruptFile
 _BITSHUFFLE = 2
 assert _BITSHUFFLE != SHUFFLE
 _BLOSC = Blosc(cname="zstd", clevel=1, shuffle=_BITSHUFFLE)
+# The CRC-32C of any bytes followed by their own CRC-32C.
+WHOLE = 0x48674BC7
 # A chunk near this size costs little to open and little to overread.
 _CHUNK_BYTES = 4 << 20
 
@@ -84,15 +86,34 @@ def encode(array: np.ndarray[Any, Any]) -> bytes:
     return data + struct.pack("<I", google_crc32c.value(data))
 
 
-def decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
-    """The chunk's cells; raises CorruptFile naming `name` when the checksum or the size is wrong."""
-    body, checksum = data[:-4], data[-4:]
-    if len(data) < 20 or struct.pack("<I", google_crc32c.value(body)) != checksum:
+def chunk_checksum(data: bytes) -> int:
+    """The CRC-32C a chunk ends in. That of the chunk whole is the same for every chunk, and tells none from another."""
+    return int.from_bytes(data[-4:], "little")
+
+
+def decode(
+    data: bytes,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    name: str,
+    out: np.ndarray[Any, Any] | None = None,
+) -> np.ndarray[Any, Any]:
+    """The chunk's cells, into `out` if given: a contiguous array of that shape and dtype.
+
+    Raises CorruptFile naming `name` when the checksum or the size is wrong.
+    """
+    # A slice of bytes would be a copy, which takes almost as long as decoding.
+    body = memoryview(data)[:-4]
+    if len(data) < 20 or google_crc32c.value(data) != WHOLE:
         raise CorruptFile(
             f"{name} is damaged (checksum of its chunk does not match): run `lakebed verify` to list every damaged file"
         )
-    out = np.empty(shape, dtype)
+    if out is None:
+        out = np.empty(shape, dtype)
     try:
+        # Blosc's own header: decoded into a buffer of another size it would fill a part of it, or overrun.
+        if struct.unpack_from("<I", body, 4)[0] != out.nbytes:
+            raise ValueError("it holds another number of bytes than its shape asks for")
         _BLOSC.decode(body, out.reshape(-1))
     except (RuntimeError, ValueError) as error:
         raise CorruptFile(f"{name} cannot be decoded ({error}): run `lakebed verify`") from error

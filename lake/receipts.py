@@ -53,7 +53,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A Parquet file or Zarr chunk of a unit: path from the lake's root, length in bytes, CRC-32C."""
+    """A Parquet file or Zarr chunk of a unit: path from the lake's root, length in bytes, CRC-32C.
+
+    A chunk ends in the CRC-32C of all that precedes it, and that is the one named here.
+    """
 
     path: str
     bytes: int

@@ -49,14 +49,15 @@ class Storage:
         data = self.fs.cat_file(f"{self.root}/{key}")
         return bytes(data)
 
-    def checksum(self, key: str) -> tuple[int, int]:
-        """Length and CRC-32C of `key`, read in pieces."""
-        path, length, checksum = f"{self.root}/{key}", 0, 0
+    def checksum(self, key: str) -> tuple[int, int, bytes]:
+        """Length, CRC-32C and last four bytes of `key`, read in pieces."""
+        path, length, checksum, end = f"{self.root}/{key}", 0, 0, b""
         with open(path, "rb", buffering=0) if self.local else self.fs.open(path, "rb") as file:
             while piece := file.read(_PIECE):
                 length += len(piece)
                 checksum = google_crc32c.extend(checksum, piece)
-        return length, checksum
+                end = (end + piece[-4:])[-4:]
+        return length, checksum, end
 
     def write(self, key: str, data: bytes) -> None:
         """Puts `data` under `key`, replacing what was there, atomically."""

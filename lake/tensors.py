@@ -133,10 +133,24 @@ class Tensor:
         out = np.empty((len(rows), *self.layout.row_shape), self.layout.dtype)
         order = np.argsort(rows, kind="stable")
         chunks = rows[order] // self.layout.chunk_rows
-        for (start, stop), block in self._read_ahead(chunks):
-            selected = order[start:stop]
-            out[selected] = block[rows[selected] % self.layout.chunk_rows]
+        places = [self._whole_chunk(rows, order[start:stop]) for start, stop in _runs(chunks)]
+        targets = [None if place is None else out[place] for place in places]
+        for at, ((start, stop), block) in enumerate(self._read_ahead(chunks, targets)):
+            if targets[at] is None:
+                selected = order[start:stop]
+                out[selected] = block[rows[selected] % self.layout.chunk_rows]
         return out
+
+    def _whole_chunk(self, rows: np.ndarray[Any, Any], selected: np.ndarray[Any, Any]) -> slice | None:
+        """Where in the output a chunk can be decoded in place: all of its rows are asked for, in their order."""
+        count, first = self.layout.chunk_rows, int(selected[0])
+        if len(selected) != count or self.layout.chunk_cells != tuple(
+            max(1, n) for n in self.layout.row_shape
+        ):
+            return None
+        inside = rows[first : first + count] % count
+        in_order = len(inside) == count and bool((inside == np.arange(count)).all())
+        return slice(first, first + count) if in_order and bool((np.diff(selected) == 1).all()) else None
 
     def blocks(
         self, keep: np.ndarray[Any, np.dtype[np.bool_]]
@@ -150,35 +164,42 @@ class Tensor:
             yield steps[start:stop], block if whole else block[inside]
 
     def _read_ahead(
-        self, chunks: np.ndarray[Any, Any]
+        self, chunks: np.ndarray[Any, Any], targets: Sequence[np.ndarray[Any, Any] | None] | None = None
     ) -> Iterator[tuple[tuple[int, int], np.ndarray[Any, Any]]]:
         """Start and stop of each run of equal `chunks`, with that chunk: a few are read ahead, by threads.
+
+        `targets` names for each of these runs an array to decode into, or None.
 
         The first is read alone, so that a reader who stops after it has cost one chunk.
         """
         parts = list(_runs(chunks))
-        wanted = [int(chunks[start]) for start, _ in parts]
-        yield from zip(parts[:1], map(self.read_block, wanted[:1]), strict=True)
+        places = targets or [None] * len(parts)
+        wanted = [(int(chunks[start]), place) for (start, _), place in zip(parts, places, strict=True)]
+        for part, first in zip(parts[:1], wanted[:1], strict=True):
+            yield part, self.read_block(*first)
         if len(parts) < 2:
             return
         # A pool of its own: a shared one would not survive a fork.
         pool = ThreadPoolExecutor(_READERS)
         try:
-            waiting = deque(pool.submit(self.read_block, chunk) for chunk in wanted[1 : 1 + 2 * _READERS])
+            waiting = deque(pool.submit(self.read_block, *chunk) for chunk in wanted[1 : 1 + 2 * _READERS])
             for at, part in enumerate(parts[1:], 1 + 2 * _READERS):
                 block = waiting.popleft().result()
                 if at < len(wanted):
-                    waiting.append(pool.submit(self.read_block, wanted[at]))
+                    waiting.append(pool.submit(self.read_block, *wanted[at]))
                 yield part, block
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def read_block(self, row_chunk: int) -> np.ndarray[Any, Any]:
-        """Float[chunk_rows, *shape]: one chunk of rows, every cell chunk of it put together."""
+    def read_block(self, row_chunk: int, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+        """Float[chunk_rows, *shape]: one chunk of rows, every cell chunk of it put together.
+
+        `out`, if given, is decoded into; only where a row is one chunk.
+        """
         layout, keys = self.layout, self.layout.keys(row_chunk)
         shape = (layout.chunk_rows, *layout.chunk_cells)
         if len(keys) == 1:
-            return self._read_chunk(keys[0][0], shape).reshape(layout.chunk_rows, *layout.row_shape)
+            return self._read_chunk(keys[0][0], shape, out).reshape(layout.chunk_rows, *layout.row_shape)
         out = np.empty((layout.chunk_rows, *layout.row_shape), layout.dtype)
         for key, cells in keys:
             chunk = self._read_chunk(key, shape)
@@ -187,7 +208,9 @@ class Tensor:
             ]
         return out
 
-    def _read_chunk(self, key: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    def _read_chunk(
+        self, key: str, shape: tuple[int, ...], out: np.ndarray[Any, Any] | None = None
+    ) -> np.ndarray[Any, Any]:
         path = f"{self._folder}/{key}"
         self._lake.count_chunk()
         try:
@@ -196,7 +219,7 @@ class Tensor:
             raise CorruptFile(
                 f"{path} is missing: run `lakebed verify` to list every damaged file"
             ) from error
-        return codec.decode(data, shape, self.layout.dtype, path)
+        return codec.decode(data, shape, self.layout.dtype, path, out)
 
     def _wanted(self, steps: Iterable[int] | slice | None) -> np.ndarray[Any, np.dtype[np.int64]]:
         if steps is None:

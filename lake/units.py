@@ -181,7 +181,8 @@ class UnitWriter:
     def put(self, key: str, data: bytes) -> None:
         """Writes one file of the unit and notes its checksum for the receipt."""
         self._storage.write(key, data)
-        self._files.append(FileEntry(key, len(data), int(google_crc32c.value(data))))
+        checksum = codec.chunk_checksum(data) if key.startswith("tensors/") else google_crc32c.value(data)
+        self._files.append(FileEntry(key, len(data), int(checksum)))
 
     def commit(self) -> Receipt:
         """Makes the unit visible; returns its receipt, or the one another process wrote first from the same inputs."""

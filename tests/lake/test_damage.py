@@ -79,6 +79,24 @@ def test_a_damaged_chunk(filled: Lake, kind: str) -> None:
     assert "recorded again under another run name" in found.remedy
 
 
+def test_a_chunk_in_another_ones_place(filled: Lake) -> None:
+    """Each is whole and they are of one length; only the receipts tell that they were swapped."""
+    root = Path(filled.uri)
+    chunks = sorted(root.glob("tensors/ref/gradients/*/c/*/**/*"))
+    by_size: dict[int, list[Path]] = {}
+    for path in chunks:
+        if path.is_file():
+            by_size.setdefault(path.stat().st_size, []).append(path)
+    one, other, *_ = next(paths for paths in by_size.values() if len(paths) > 1)
+    left, right = one.read_bytes(), other.read_bytes()
+    one.write_bytes(right)
+    other.write_bytes(left)
+    found = {damage.path: damage.reason for damage in verify(filled).damaged}
+    assert found == dict.fromkeys(
+        (path.relative_to(root).as_posix() for path in (one, other)), "its checksum is not the receipt's"
+    )
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_table_file(filled: Lake, kind: str) -> None:
     path = next(Path(filled.uri, "tables/training_steps/run=ref").glob("trace-00000016-*.parquet"))
