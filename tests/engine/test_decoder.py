@@ -18,6 +18,15 @@ SMALL_SIZES = {
 SMALL_MODEL = {"d_model": 24, "n_layers": 2, "n_heads": 3, "d_ff": 40, "embedding_std": 0.5}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These matrices are tiny: on a busy machine a second thread waits more than it works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def trained():
     """A small model whose every parameter has moved, LayerNorm gains and biases included."""

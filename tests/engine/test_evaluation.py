@@ -43,6 +43,15 @@ CONFIG = load_config(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These matrices are tiny: on a busy machine a second thread waits more than it works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def loop():
     loop = TrainingLoop(CONFIG)

@@ -30,6 +30,15 @@ def small(**overrides):
     return load_config("formation", **SMALL, **overrides)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These matrices are tiny: on a busy machine a second thread waits more than it works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def benchmark():
     return generate_benchmark(small().benchmark)
@@ -290,3 +299,11 @@ def test_evaluating_changes_no_weight_and_no_mode(benchmark):
     assert "q" not in first["heldout_pairs"]
     # Two passes over the analysed split, one over the other; twice.
     assert loop.stream.draws == 2 + 2 * 3
+
+
+def test_the_demo_is_on_its_way_after_250_steps():
+    loop = TrainingLoop(load_config("demo"))
+    assert loop.evaluate(["validation_iid"])["validation_iid"]["answer_accuracy"] < 0.15
+    while loop.step < 250:
+        loop.train_step()
+    assert loop.evaluate(["validation_iid"])["validation_iid"]["answer_accuracy"] > 0.35
