@@ -23,8 +23,8 @@ from ..lake import Lake
 from ..lake.axis import publish
 from .progress import Progress, Silent
 from .runs import RecordingError, RunInfo, parameter_row, register_run
-from .training import ADAPTER, NOT_HISTORICAL
 from .trace_writer import write_state
+from .training import ADAPTER, NOT_HISTORICAL
 
 _STEP = re.compile(r"(\d+)(?!.*\d)")
 
@@ -175,8 +175,8 @@ def _load_pt(path: Path) -> Mapping[str, Any]:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds pickled objects besides tensors, and lakebed unpickles nothing: save it again with plain tensors, "
-            "numbers, strings, lists and dicts, or as safetensors"
+            f"{path} holds pickled objects besides tensors, and lakebed unpickles nothing: save it again with plain "
+            "tensors, numbers, strings, lists and dicts, or as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -235,7 +235,7 @@ def _optimizer_state(
     try:
         order = [index for group in state["param_groups"] for index in group["params"]]
         names = dict(zip(order, weights, strict=True))
-        counts = {name: 0 for name in weights}
+        counts = dict.fromkeys(weights, 0)
         tensors: dict[str, dict[str, Tensor]] = {}
         for index, entry in state["state"].items():
             for key, value in entry.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..lake import Lake
 from .progress import Progress, Silent
@@ -29,7 +30,7 @@ def verify_replay(lake: Lake, run: str | None = None, progress: Progress | None 
             continue
         reader = StateReader(lake, name)
         anchors = reader.anchors()
-        blocks = [(a, b) for a, b in zip(anchors, anchors[1:], strict=False) if reader.is_recorded(a, b)]
+        blocks = [(a, b) for a, b in pairwise(anchors) if reader.is_recorded(a, b)]
         progress.start(f"replaying {name}", len(blocks))
         replayed[name] = 0
         for start, stop in blocks:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -48,7 +51,7 @@ class StateReader:
         rows = lake.table("steps", run).sort("step").collect()
         self._steps: dict[int, dict[str, Any]] = {row["step"]: row for row in rows.to_dicts()}
         parameters = lake.table("parameters", run).sort("position").collect().to_dicts()
-        self._recorded_steps: set[int] | None = None
+        self._anchors = [step for step, row in self._steps.items() if row["state"] == "stored"]
         self._dtypes = {row["parameter"]: getattr(torch, row["dtype"]) for row in parameters}
         self._group_of = {
             row["parameter"]: row["optimizer_group"]
@@ -76,10 +79,27 @@ class StateReader:
 
     def is_recorded(self, start: int, stop: int) -> bool:
         """Whether every step from `start` (exclusive) to `stop` was recorded with its gradients."""
-        if self._recorded_steps is None:
-            rows = self.lake.table("training_steps", self.run).select("step").collect()
-            self._recorded_steps = set(rows["step"])
-        return self._recorded_steps.issuperset(range(start + 1, stop + 1))
+        return self._settings.keys() >= set(range(start + 1, stop + 1))
+
+    @cached_property
+    def _settings(self) -> dict[int, tuple[float | None, list[AdamGroup]]]:
+        """Clip coefficient and hyperparameters of every recorded step."""
+        rows = self.lake.table("training_steps", self.run).select(
+            "step", "clip_coefficient", "optimizer_groups"
+        )
+        groups: list[AdamGroup] = []
+        found: dict[int, tuple[float | None, list[AdamGroup]]] = {}
+        for step, coefficient, text in rows.sort("step").collect().iter_rows():
+            # Unchanged hyperparameters are written once a block.
+            groups = groups if text is None else [AdamGroup.from_json(group) for group in json.loads(text)]
+            found[step] = coefficient, groups
+        return found
+
+    @cached_property
+    def _skipped(self) -> set[tuple[int, str]]:
+        """(step, parameter) without a gradient."""
+        rows = self.lake.table("parameter_updates", self.run).filter(~pl.col("has_gradient"))
+        return set(rows.select("step", "parameter").collect().iter_rows())
 
     def identity(self, step: int) -> str:
         """Content hash of the state at `step`."""
@@ -112,30 +132,28 @@ class StateReader:
         when the next one is asked for. `moments=False` reads weights alone where they are stored."""
         wanted = sorted(set(steps))
         self.require(wanted)
-        replay: AdamReplay | None = None
-        at = -1
-        for step in wanted:
-            if self._steps[step]["state"] == "stored":
-                replay, at = None, -1
-                yield self._stored(step, moments)
+        for anchor, group in groupby(wanted, key=self._anchor):
+            inside = list(group)
+            start = self._stored(anchor, moments or inside[-1] != anchor)
+            if inside[0] == anchor:
+                yield start
+            if inside[-1] == anchor:
                 continue
-            anchor = self._anchor(step)
-            if replay is None or at < anchor:
-                start = self._stored(anchor, True)
-                replay = AdamReplay(start.weights, start.exp_avg, start.exp_avg_sq, start.step_counts)
-                at = anchor
-            for _ in self._replay(replay, at, step):
-                pass
-            at = step
-            yield State(
-                step,
-                replay.weights,
-                replay.exp_avg,
-                replay.exp_avg_sq,
-                dict(replay.step_counts),
-                True,
-                self.identity(step),
-            )
+            replay = AdamReplay(start.weights, start.exp_avg, start.exp_avg_sq, start.step_counts)
+            for step in self._replay(replay, anchor, inside[-1]):
+                if step in inside:
+                    yield self._replayed(step, replay)
+
+    def _replayed(self, step: int, replay: AdamReplay) -> State:
+        return State(
+            step,
+            replay.weights,
+            replay.exp_avg,
+            replay.exp_avg_sq,
+            dict(replay.step_counts),
+            True,
+            self.identity(step),
+        )
 
     def verify_replay(self, start: int, stop: int) -> int:
         """Replays from the anchor at `start` to the one at `stop` and compares; returns the steps replayed."""
@@ -152,13 +170,14 @@ class StateReader:
 
     def anchors(self) -> list[int]:
         """Steps whose state is stored, ascending."""
-        return [step for step, row in self._steps.items() if row["state"] == "stored"]
+        return list(self._anchors)
 
     def _anchor(self, step: int) -> int:
-        earlier = [anchor for anchor in self.anchors() if anchor < step]
-        if not earlier:
+        """The stored step at or before `step`."""
+        at = bisect_right(self._anchors, step)
+        if not at:
             raise RecordingError(f"run {self.run!r} has no stored state before step {step} to replay from")
-        return earlier[-1]
+        return self._anchors[at - 1]
 
     def _stored(self, step: int, moments: bool) -> State:
         row = self._steps[step]
@@ -196,24 +215,25 @@ class StateReader:
     def _recorded(
         self, start: int, stop: int
     ) -> Iterator[tuple[int, dict[str, Tensor | None], float | None, list[AdamGroup]]]:
-        rows = self._training_rows(start, stop)
-        skipped = self._without_gradient(start, stop)
+        if not self.is_recorded(start - 1, stop):
+            raise MissingData(
+                f"run {self.run!r} lacks recorded steps between {start} and {stop}: run `lakebed verify`"
+            )
         tensors = {
             name: self.lake.tensor("gradients", name, self.run)
             for name in self.lake.axes.names(self.run, "gradients")
         }
         # A block of steps at a time: what a chunk holds is decoded once, and memory stays flat.
         size = max((tensor.layout.chunk_rows for tensor in tensors.values()), default=1)
-        steps = [int(row["step"]) for row in rows]
-        for first in range(0, len(steps), size):
-            part = steps[first : first + size]
+        for first in range(start, stop + 1, size):
+            part = list(range(first, min(first + size, stop + 1)))
             arrays = {name: self._rows(tensor, part) for name, tensor in tensors.items()}
-            for offset, row in enumerate(rows[first : first + size]):
+            for offset, step in enumerate(part):
                 gradients = {
-                    name: None if (row["step"], name) in skipped else self._tensor(name, array[offset])
+                    name: None if (step, name) in self._skipped else self._tensor(name, array[offset])
                     for name, array in arrays.items()
                 }
-                yield row["step"], gradients, row["clip_coefficient"], _groups(row["optimizer_groups"])
+                yield step, gradients, *self._settings[step]
 
     def _rows(self, tensor: Any, steps: list[int]) -> np.ndarray[Any, Any]:
         held = np.isin(steps, tensor.steps)
@@ -227,36 +247,6 @@ class StateReader:
 
     def _tensor(self, name: str, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._dtypes[name])
-
-    def _training_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        rows = (
-            self.lake.table("training_steps", self.run)
-            .select("step", "clip_coefficient", "optimizer_groups")
-            .filter(pl.col("step") <= stop)
-            .sort("step")
-            .with_columns(pl.col("optimizer_groups").forward_fill())
-            .filter(pl.col("step") >= start)
-            .collect()
-            .to_dicts()
-        )
-        if [row["step"] for row in rows] != list(range(start, stop + 1)):
-            raise MissingData(
-                f"run {self.run!r} lacks recorded steps between {start} and {stop}: run `lakebed verify`"
-            )
-        return rows
-
-    def _without_gradient(self, start: int, stop: int) -> set[tuple[int, str]]:
-        rows = (
-            self.lake.table("parameter_updates", self.run)
-            .filter(pl.col("step").is_between(start, stop), ~pl.col("has_gradient"))
-            .select("step", "parameter")
-            .collect()
-        )
-        return set(rows.iter_rows())
-
-
-def _groups(text: str) -> list[AdamGroup]:
-    return [AdamGroup.from_json(group) for group in json.loads(text)]
 
 
 def optimizer_state(state: State, names: Iterable[str], groups: list[Mapping[str, Any]]) -> dict[str, Any]:

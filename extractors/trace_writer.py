@@ -175,8 +175,8 @@ class TraceWriter:
                 f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             )
             raise ReplayMismatch(
-                f"run {self._run!r}: at step {step} the replayed state differs from the live one in {shown}: something besides "
-                'the optimizer changed it; record with store="full", or keep such changes out of the recorded steps'
+                f"run {self._run!r}: at step {step} the replayed state differs from the live one in {shown}: something "
+                'besides the optimizer changed it; record with store="full", or keep such changes out of the recorded steps'
             )
 
     def _updates(
