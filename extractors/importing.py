@@ -24,7 +24,7 @@ from ..lake.axis import publish
 from .progress import Progress, Silent
 from .runs import RecordingError, RunInfo, parameter_row, register_run
 from .trace_writer import write_state
-from .training import ADAPTER, NOT_HISTORICAL
+from .training import ADAPTER
 
 _STEP = re.compile(r"(\d+)(?!.*\d)")
 
@@ -109,7 +109,6 @@ def import_checkpoints(
         config=None if config is None else config.canonical_json(),
         seed=None if config is None else config.seed,
         store="checkpoints",
-        historical_replay=NOT_HISTORICAL,
     )
     progress.start(f"importing {run}", len(files))
     standing = set(lake.table("steps", run).select("step").collect()["step"])

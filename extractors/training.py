@@ -26,8 +26,8 @@ from .trace_block import block_rows, state_hash
 from .trace_writer import live_state, write_state
 
 ADAPTER = "symbolic_kv"
-NOT_HISTORICAL = "instrumented_continuation_not_historical_replay: the checkpoint holds no batch order"
-HISTORICAL = "instrumented_from_initialization_exact_for_this_trace"
+NOT_HISTORICAL = "the checkpoint holds no batch order, so the order restarts at the seed's first permutation"
+HISTORICAL = "exact"
 
 
 def load(name_or_path: str) -> RunConfig:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +80,25 @@ def _trajectory(chart: Trajectory, frame: pl.DataFrame, interactive: bool) -> tu
     if chart.panel is None:
         lines = trajectory_lines(chart, frame, theme.HEIGHT)
         return _panel(chart, lines, chart.y_title, chart.log_y, interactive, theme.HEIGHT), lines.notes
-    panels, notes = [], []
-    for name in frame[chart.panel].unique(maintain_order=True):
-        part = frame.filter(pl.col(chart.panel) == name)
-        height = theme.HEIGHT // 2
-        lines = trajectory_lines(chart, part, height)
-        title = chart.panel_titles.get(name, str(name))
-        panels.append(_panel(chart, lines, title, name in chart.log_panels, interactive, height))
-        notes = lines.notes
-    return alt.vconcat(*panels, spacing=18), notes
+    height = theme.HEIGHT // 2
+    names = frame[chart.panel].unique(maintain_order=True).to_list()
+    parts = [trajectory_lines(chart, frame.filter(pl.col(chart.panel) == name), height) for name in names]
+    # One axis for all panels, so that what happened at one step stands above itself.
+    together = [min(lines.x_domain[0] for lines in parts), max(lines.x_domain[1] for lines in parts)]
+    panels = [
+        _panel(
+            chart,
+            replace(lines, x_domain=together),
+            chart.panel_titles.get(name, str(name)),
+            name in chart.log_panels,
+            interactive,
+            height,
+        )
+        for name, lines in zip(names, parts, strict=True)
+    ]
+    return alt.vconcat(*panels, spacing=18), list(
+        dict.fromkeys(note for lines in parts for note in lines.notes)
+    )
 
 
 def _panel(chart: Trajectory, lines: Lines, y_title: str, log_y: bool, interactive: bool, height: int) -> Any:

@@ -50,9 +50,9 @@ class OptimizerUpdateTrace(Report):
         Trajectory(
             "loss",
             "loss_chart",
-            "Training loss and learning rate",
+            "Training loss, accuracy and learning rate",
             panel="panel",
-            panel_titles={"loss": "loss (nats per token)", "learning_rate": "learning rate"},
+            panel_titles={"loss": "loss (nats per token)"},
         ),
         Trajectory(
             "gradient_norm",
@@ -161,9 +161,40 @@ class OptimizerUpdateTrace(Report):
         assert summary is not None
         return [
             line
-            for line in (_loss(results, summary), _clipping(summary), _movers(results), _terms(summary))
+            for line in (
+                _accuracy(results),
+                _loss(results, summary),
+                _clipping(summary),
+                _movers(results),
+                _terms(summary),
+            )
             if line
         ]
+
+
+def _accuracy(results: Results) -> str:
+    """When the task was learned: the last accuracy, its steepest rise, and when it first came within 5 % of its best."""
+    reached = results.first(
+        "SELECT any_value(split) AS split, arg_max(answer_accuracy, step) AS last, max(step) AS step, "
+        "min(step) FILTER (answer_accuracy >= 0.95 * best) AS near_best, max(best) AS best "
+        "FROM (SELECT *, max(answer_accuracy) OVER () AS best FROM accuracy)"
+    )
+    if reached is None or reached["last"] is None:
+        return ""
+    text = (
+        f"Answer accuracy on {reached['split']} was **{number(reached['last'])}** at step {reached['step']}"
+    )
+    rise = results.first(
+        "SELECT lag(step) OVER (ORDER BY step) AS a, step AS b, "
+        "answer_accuracy - lag(answer_accuracy) OVER (ORDER BY step) AS gain FROM accuracy "
+        "QUALIFY gain > 0 ORDER BY gain DESC, step LIMIT 1"
+    )
+    if rise is None:
+        return f"{text}."
+    return (
+        f"{text}; it rose fastest between steps {rise['a']} and {rise['b']} (+{number(rise['gain'])}) and was within 5 % of its "
+        f"best ({number(reached['best'])}) from step {reached['near_best']}."
+    )
 
 
 def _loss(results: Results, summary: dict[str, Any]) -> str:

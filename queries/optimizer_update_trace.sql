@@ -188,11 +188,20 @@ FROM sums AS s
 JOIN windows AS w ON w.time_window = s.time_window
 ORDER BY w.start_step, s.position, s.module
 
+-- Accuracy on the first evaluated split whose name says validation, else on the first evaluated split.
+-- view: accuracy
+SELECT step, split, "value" AS answer_accuracy FROM evaluations
+WHERE run = $run AND metric = 'answer_accuracy' AND step BETWEEN list_min($steps) AND list_max($steps)
+QUALIFY dense_rank() OVER (ORDER BY split NOT LIKE '%validation%', split) = 1
+ORDER BY step
+
 -- view: loss_chart
-SELECT step, 'loss' AS panel, loss AS "value" FROM step WHERE loss IS NOT NULL
+SELECT step, 1 AS place, 'loss' AS panel, loss AS "value" FROM step WHERE loss IS NOT NULL
 UNION ALL
-SELECT step, 'learning_rate', learning_rate FROM step WHERE learning_rate IS NOT NULL
-ORDER BY panel DESC, step
+SELECT step, 2, 'answer accuracy, ' || split, answer_accuracy FROM accuracy
+UNION ALL
+SELECT step, 3, 'learning rate', learning_rate FROM step WHERE learning_rate IS NOT NULL
+ORDER BY place, step
 
 -- view: gradient_chart
 SELECT step, 'raw gradient' AS series, pre_clip_grad_norm AS norm FROM step WHERE pre_clip_grad_norm > 0
