@@ -21,10 +21,20 @@ _LEAD = (
 
 
 @click.command(epilog="Example: lakebed demo --lake demo.lake --out demo-report")
-@click.option("--lake", "lake_uri", default="demo.lake", show_default=True, metavar="PATH|URI", help="The lake to make.")
-@click.option("--out", default="demo-report", show_default=True, metavar="DIR", help="Folder for reports and index.html.")
+@click.option(
+    "--lake", "lake_uri", default="demo.lake", show_default=True, metavar="PATH|URI", help="The lake to make."
+)
+@click.option(
+    "--out",
+    default="demo-report",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for reports and index.html.",
+)
 @click.option("--config", default="demo", show_default=True, metavar="CONFIG", help="What to train.")
-@click.option("--num-steps", type=click.IntRange(1), help="Stop early, for a quick look [default: the config's].")
+@click.option(
+    "--num-steps", type=click.IntRange(1), help="Stop early, for a quick look [default: the config's]."
+)
 @threads_option
 def demo(lake_uri: str, out: str, config: str, num_steps: int | None, threads: int | None) -> None:
     """Train the built-in run, record every step, extract, run every report, and open the result in a browser yourself.
@@ -49,12 +59,20 @@ def demo(lake_uri: str, out: str, config: str, num_steps: int | None, threads: i
         size = sum(row["bytes"] for row in lake.summary())
     accuracy = result.metrics.get("validation_iid", {}).get("answer_accuracy")
     index = _write_index(Path(out), lake_uri, accuracy, result.step, size, clock, reports)
-    click.echo(f"validation answer accuracy {accuracy:.3f} after {result.step} steps" if accuracy is not None else "")
+    click.echo(
+        f"validation answer accuracy {accuracy:.3f} after {result.step} steps" if accuracy is not None else ""
+    )
     click.echo(f"lake {lake_uri}, {size / 1e6:.1f} MB")
     click.echo(f"open {index}")
-    shown = {"accuracy": accuracy, "steps": result.step, "seconds": {name: round(of, 2) for name, of in clock.items()}}
+    shown = {
+        "accuracy": accuracy,
+        "steps": result.step,
+        "seconds": {name: round(of, 2) for name, of in clock.items()},
+    }
     paths = {name: report["markdown"] for name, report in reports.items()}
-    click.echo(json.dumps({**shown, "lake": lake_uri, "lake_bytes": size, "index": str(index), "reports": paths}))
+    click.echo(
+        json.dumps({**shown, "lake": lake_uri, "lake_bytes": size, "index": str(index), "reports": paths})
+    )
 
 
 @contextmanager
@@ -75,7 +93,11 @@ def _extract(lake: Any, bars: Any) -> None:
     from ..extractors.plan import extract
     from ..lake.names import canonical_json
 
-    needs = {canonical_json([need.dataset, dict(need.parameters)]): need for report in _reports() for need in report.needs()}
+    needs = {
+        canonical_json([need.dataset, dict(need.parameters)]): need
+        for report in _reports()
+        for need in report.needs()
+    }
     extract(lake, RUN, list(needs.values()), progress=bars)
 
 
@@ -110,5 +132,7 @@ def _write_index(
         "seconds in all": f"{sum(clock.values()):.0f}",
     }
     index = out / "index.html"
-    write_index(index, "How a small transformer learned to look values up", _LEAD, facts, list(reports.values()))
+    write_index(
+        index, "How a small transformer learned to look values up", _LEAD, facts, list(reports.values())
+    )
     return index

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     "lakebed extract --for weight-svd-trace --lake demo.lake --run demo",
 )
 @click.argument("datasets", nargs=-1, type=click.UNPROCESSED, metavar="[DATASET]...")
-@click.option("--for", "report", metavar="REPORT", help="Make whatever this report still needs, given its own options.")
+@click.option(
+    "--for", "report", metavar="REPORT", help="Make whatever this report still needs, given its own options."
+)
 @lake_option
 @run_option
 @steps_option

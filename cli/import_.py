@@ -10,7 +10,8 @@ from .options import lake_option, run_option
 
 
 @click.command(
-    "import", epilog="Example: lakebed import runs/mine/checkpoints --config formation --lake my.lake --run mine"
+    "import",
+    epilog="Example: lakebed import runs/mine/checkpoints --config formation --lake my.lake --run mine",
 )
 @click.argument("folder", metavar="DIR")
 @lake_option

@@ -14,10 +14,14 @@ from .train import training_json
 @click.command(epilog="Example: lakebed trace --lake demo.lake --run demo --from-step 500 --num-steps 64")
 @lake_option
 @run_option
-@click.option("--from-step", type=click.IntRange(0), required=True, help="Step to start from; any step the run has.")
+@click.option(
+    "--from-step", type=click.IntRange(0), required=True, help="Step to start from; any step the run has."
+)
 @click.option("--num-steps", type=click.IntRange(1), help="Steps to record.")
 @click.option("--end-step", type=click.IntRange(1), help="Record up to this step (instead of --num-steps).")
-@click.option("--into", metavar="NAME", help="Run to write [default: the run itself at its end, else RUN@STEP].")
+@click.option(
+    "--into", metavar="NAME", help="Run to write [default: the run itself at its end, else RUN@STEP]."
+)
 @click.option(
     "--require-historical-replay",
     is_flag=True,

@@ -17,7 +17,9 @@ from .options import lake_option, recording_options, run_option
 @click.argument("config", metavar="CONFIG")
 @lake_option
 @run_option
-@click.option("--num-steps", type=click.IntRange(1), help="Train up to this step [default: the config's num_steps].")
+@click.option(
+    "--num-steps", type=click.IntRange(1), help="Train up to this step [default: the config's num_steps]."
+)
 @click.option(
     "--record",
     default="all",

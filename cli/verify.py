@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @lake_option
 @click.option("--run", metavar="NAME", help="Only this run (default: every run).")
 @click.option(
-    "--replay", is_flag=True, help="Also replay every recorded block and compare it with its anchor, bit for bit."
+    "--replay",
+    is_flag=True,
+    help="Also replay every recorded block and compare it with its anchor, bit for bit.",
 )
 def verify(lake_uri: str, run: str | None, replay: bool) -> int:
     """Check every file of the lake against the length and checksum of its receipt.

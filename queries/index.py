@@ -67,7 +67,8 @@ def _figure(folder: Path, key: str, path: str, plots: Mapping[str, str]) -> str:
     )
     link = ""
     if interactive and Path(interactive).is_file():
-        link = f'<figcaption><a href="{_relative(folder, str(interactive))}">interactive: {html.escape(key)}</a></figcaption>'
+        target = _relative(folder, str(interactive))
+        link = f'<figcaption><a href="{target}">interactive: {html.escape(key)}</a></figcaption>'
     alt = html.escape(key.replace("_", " "))
     return f'<figure><img src="{_relative(folder, path)}" alt="{alt}">{link}</figure>'
 

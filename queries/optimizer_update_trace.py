@@ -192,8 +192,8 @@ def _accuracy(results: Results) -> str:
     if rise is None:
         return f"{text}."
     return (
-        f"{text}; it rose fastest between steps {rise['a']} and {rise['b']} (+{number(rise['gain'])}) and was within 5 % of its "
-        f"best ({number(reached['best'])}) from step {reached['near_best']}."
+        f"{text}; it rose fastest between steps {rise['a']} and {rise['b']} (+{number(rise['gain'])}) and was within 5 % "
+        f"of its best ({number(reached['best'])}) from step {reached['near_best']}."
     )
 
 

@@ -21,7 +21,9 @@ TOO_LONG = re.compile(r"^(make |git |pip |lakebed demo)", re.MULTILINE)
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,11 @@ def workplace(tmp_path_factory):
     (folder / "checkpoints").mkdir()
     for step in (1, 2):
         loop.train_step()
-        state = {"step": step, "model_state": loop.model.state_dict(), "optimizer_state": loop.optimizer.state_dict()}
+        state = {
+            "step": step,
+            "model_state": loop.model.state_dict(),
+            "optimizer_state": loop.optimizer.state_dict(),
+        }
         torch.save(state, folder / "checkpoints" / f"step_{step:06d}.pt")
     return folder
 
@@ -47,7 +53,9 @@ def workplace(tmp_path_factory):
 def run(folder: Path, script: str, program: tuple[str, ...] = ("bash", "-euo", "pipefail", "-c")) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*program, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*program, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -71,7 +79,9 @@ def test_a_command_is_documented_and_its_help_has_an_example(name):
     shown = CliRunner().invoke(cli, [name, "--help"])
     assert shown.exit_code == 0, shown.output
     assert "lakebed" in shown.output.split("Options:")[-1] or "Example" in shown.output, shown.output
-    assert any(f"lakebed {name}" in page.read_text(encoding="utf-8") for page in PAGES), f"lakebed {name} is in no page"
+    assert any(f"lakebed {name}" in page.read_text(encoding="utf-8") for page in PAGES), (
+        f"lakebed {name} is in no page"
+    )
 
 
 def test_the_group_lists_every_command():

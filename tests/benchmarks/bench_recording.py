@@ -69,12 +69,16 @@ def run(pairs: int = 16) -> dict[str, float | str]:
         closing = time.perf_counter() - started
         steps = pairs * BLOCK
         receipts = [receipt for receipt in lake.receipts.all("r") if receipt.dataset == "trace"]
-        per_step = sum(receipt.bytes for receipt in receipts) / sum(len(receipt.steps) for receipt in receipts)
+        per_step = sum(receipt.bytes for receipt in receipts) / sum(
+            len(receipt.steps) for receipt in receipts
+        )
     checkpoint = _checkpoint_bytes(recorded)
     ratio = (sum(seconds["recorded"]) + closing) / sum(seconds["bare"])
     found: dict[str, float | str] = {
         "recorded step / bare step (<= 1.10)": ratio,
-        "median of pairs": statistics.median(r / b for r, b in zip(seconds["recorded"], seconds["bare"], strict=True)),
+        "median of pairs": statistics.median(
+            r / b for r, b in zip(seconds["recorded"], seconds["bare"], strict=True)
+        ),
         "bare step, s": sum(seconds["bare"]) / steps,
         "bytes per recorded step / torch.save of weights and optimizer (<= 0.34)": per_step / checkpoint,
         "bytes per recorded step": per_step,
@@ -85,7 +89,9 @@ def run(pairs: int = 16) -> dict[str, float | str]:
 def _checkpoint_bytes(loop: TrainingLoop) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.pt"
-        torch.save({"model_state": loop.model.state_dict(), "optimizer_state": loop.optimizer.state_dict()}, path)
+        torch.save(
+            {"model_state": loop.model.state_dict(), "optimizer_state": loop.optimizer.state_dict()}, path
+        )
         return path.stat().st_size
 
 

@@ -17,7 +17,7 @@ def stepped(seed=0, size=40, steps=4, clip=0.3, group=None):
     generator = torch.Generator().manual_seed(seed)
     group = group or AdamGroup(3e-2, 0.9, 0.95, 1e-8, 0.1)
     replay = AdamReplay({"w": torch.randn(size, generator=generator)})
-    for count in range(1, steps + 1):
+    for _ in range(steps):
         before, m, v = (
             replay.weights["w"].clone(),
             replay.exp_avg["w"].clone(),
@@ -26,7 +26,7 @@ def stepped(seed=0, size=40, steps=4, clip=0.3, group=None):
         gradient = replay.weights["w"] + torch.randn(size, generator=generator)
         replay.step({"w": gradient}, clip, [group], {"w": 0})
     after, m1, v1 = replay.weights["w"], replay.exp_avg["w"], replay.exp_avg_sq["w"]
-    return ParameterStep(before, after, gradient, gradient * clip, m, m1, v, v1, group, count)
+    return ParameterStep(before, after, gradient, gradient * clip, m, m1, v, v1, group, steps)
 
 
 def by_hand(step: ParameterStep) -> dict:

@@ -94,7 +94,9 @@ def test_tracing_on_from_an_import_is_no_historical_replay(lake, checkpoints, co
     assert StateReader(lake, "m@20").steps == [20, 21, 22, 23, 24]
     assert_same_state(StateReader(lake, "m@20").read(20), StateReader(lake, "m").read(20))
     told = lake.sql("select historical_replay from runs where run = 'm@20'").fetchall()[0][0]
-    assert told == "the checkpoint holds no batch order, so the order restarts at the seed's first permutation"
+    assert (
+        told == "the checkpoint holds no batch order, so the order restarts at the seed's first permutation"
+    )
 
 
 def test_safetensors_without_moments(lake, tmp_path, checkpoints, config):
