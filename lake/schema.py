@@ -1,4 +1,4 @@
-# ruff: noqa: E501  (one line a column)
+
 """Every table and tensor quantity of a lake, declared once: columns, types, units, keys.
 
 `lakebed show --schema` prints this module; writers are checked against it and readers get typed, empty tables from

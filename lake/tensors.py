@@ -227,7 +227,9 @@ class Tensor:
         if isinstance(steps, slice):
             low = self.steps[0] if steps.start is None else steps.start
             high = self.steps[-1] if steps.stop is None else steps.stop
-            inside = self.steps[(self.steps >= low) & (self.steps <= high)]
+            inside: np.ndarray[Any, np.dtype[np.int64]] = self.steps[
+                (self.steps >= low) & (self.steps <= high)
+            ]
             return inside[:: steps.step or 1]
         return np.fromiter((int(step) for step in steps), np.int64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import threading
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import duckdb
 import fsspec
+import lakebed.lake.storage as storage_module
 import numpy as np
 import pytest
 import zarr
 from lakebed.lake import Lake
 from lakebed.lake.catalog import write_catalog
+from lakebed.lake.errors import StorageFull
 from lakebed.lake.macros import MACROS
 from lakebed.lake.schema import TABLES
 
@@ -141,3 +144,20 @@ def test_behind_a_uri_there_is_views_sql_alone_and_it_says_so(write_unit) -> Non
             connection.execute(text)
             assert connection.execute("SELECT step FROM training_steps").fetchall() == [(1,)]
     fsspec.filesystem("memory").rm("/catalog", recursive=True)
+
+
+def test_a_catalog_that_could_not_be_written_leaves_the_old_one(filled: Lake, monkeypatch) -> None:
+    written = write_catalog(filled)
+    before = {path: Path(path).read_bytes() for path in (written.views_file, str(written.database))}
+    write_file = storage_module._write_file
+
+    def full(path: str, data: bytes) -> None:
+        write_file(path, data[: len(data) // 2] if "views.sql" in path else data)
+        if "views.sql" in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage_module, "_write_file", full)
+    with pytest.raises(StorageFull):
+        write_catalog(filled)
+    assert {path: Path(path).read_bytes() for path in before} == before
+    assert not [path for path in Path(filled.uri).iterdir() if path.name.startswith(".")]

@@ -294,3 +294,22 @@ def test_views_follow_a_receipt_that_was_replaced(lake: Lake, write_unit) -> Non
         write_unit(other, [5], {"w": np.full((1, 3), 5, np.float32)})
     assert lake.sql(query).fetchall() == [(5,)]
     assert lake.tensor("gradients", "w", "ref").steps.tolist() == [5]
+
+
+def test_an_array_made_by_another_process_meanwhile_must_fit(lake: Lake, write_unit, monkeypatch) -> None:
+    """Between looking for the array and making it, another process made it, with another shape."""
+    look = Lake.array_layout
+
+    def slow(self: Lake, run: str, quantity: str, name: str) -> object:
+        found = look(self, run, quantity, name)
+        if found is None and self is lake:
+            with Lake.open(lake.uri) as other:
+                write_unit(other, [1], {"w": np.ones((1, 5), np.float32)}, name="theirs")
+        return found
+
+    monkeypatch.setattr(Lake, "array_layout", slow)
+    with pytest.raises(InputMismatch, match=r"has rows of shape \(5,\)"):
+        write_unit(lake, [2], {"w": np.ones((1, 3), np.float32)}, name="ours")
+    lake.refresh()
+    assert lake.tensor("gradients", "w").read(1).tolist() == [1.0] * 5
+    assert verify(lake).ok

@@ -99,6 +99,10 @@ def test_polars_reads_the_same_rows(filled: Lake, engine: str) -> None:
     cases = {
         "filter": (table.filter(is_row & (pl.col("step") < 4)), whole.filter(is_row & (pl.col("step") < 4))),
         "head before filter": (table.head(10).filter(is_row), whole.head(10).filter(is_row)),
+        "head before a filter on the index": (
+            table.head(250).filter(pl.col("parameter") == "b"),
+            whole.head(250).filter(pl.col("parameter") == "b"),
+        ),
         "filter before head": (table.filter(is_row).head(3), whole.filter(is_row).head(3)),
         "slice": (table.slice(5, 3), whole.slice(5, 3)),
         "tail": (table.tail(4), whole.tail(4)),
