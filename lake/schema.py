@@ -1,4 +1,3 @@
-
 """Every table and tensor quantity of a lake, declared once: columns, types, units, keys.
 
 `lakebed show --schema` prints this module; writers are checked against it and readers get typed, empty tables from
