@@ -13,6 +13,7 @@ from ..lake.datasets import SVD, SVD_MATRICES
 from . import dataset
 from .runs import RecordingError
 from .states import State
+from .threads import small_work
 
 
 class SVDExtractor(dataset.Extractor):
@@ -30,9 +31,11 @@ class SVDExtractor(dataset.Extractor):
         """Writes table singular_values and quantity svd for one step."""
         weights = context.adapter().head_weights(state.weights)
         rows: list[dict[str, Any]] = []
+        side = max(size for weight in weights.values() for size in weight.shape)
         for matrix in SVD_MATRICES:
             try:
-                found = weight_matrix_svd(matrix, weights)
+                with small_work(side):
+                    found = weight_matrix_svd(matrix, weights)
             except ValueError as error:
                 raise RecordingError(
                     f"svd of {matrix} at step {state.step} of run {context.run!r}: {error}"

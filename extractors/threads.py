@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,3 +16,16 @@ def set_threads(count: int | None) -> int:
     )
     torch.set_num_threads(chosen)
     return chosen
+
+
+@contextmanager
+def small_work(largest_side: int) -> Iterator[None]:
+    """One thread while small matrices are decomposed: two threads that wait for each other between tiny LAPACK calls take
+    several times longer than one, as soon as anything else runs on the machine."""
+    before = torch.get_num_threads()
+    if largest_side <= 512:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

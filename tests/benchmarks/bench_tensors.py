@@ -112,7 +112,7 @@ def write_zarr(path: Path, gradients: np.ndarray[Any, Any]) -> None:
         chunks=(BLOCK, *SHAPE),
         dtype="float32",
         compressors=[
-            zarr.codecs.BloscCodec(typesize=4, cname="zstd", clevel=1, shuffle="bitshuffle"),
+            zarr.codecs.BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="bitshuffle"),
             zarr.codecs.Crc32cCodec(),
         ],
     )
