@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ from lakebed.extractors.plan import extract
 from lakebed.extractors.runs import RecordingError
 from lakebed.extractors.states import StateReader
 from lakebed.extractors.training import train
-from lakebed.lake import Lake
 from lakebed.lake.datasets import SVD_MATRICES, Need
 from lakebed.lake.errors import InputMismatch, MissingData, UnknownName
 from lakebed.lake.verify import verify
@@ -155,25 +156,18 @@ def test_a_weight_that_is_not_finite_has_no_svd_and_the_error_says_where(lake, c
     assert torch.isnan(StateReader(lake, "r").read(2).weights["blocks.1.attn.q_proj.weight"]).any()
 
 
-def _extract_in_process(path, barrier):
-    import torch
-
-    torch.set_num_threads(1)
-    barrier.wait()
-    with Lake.open(path) as lake:
-        extract(lake, "r", [Need("svd")], "0:24:2")
-
-
 def test_two_processes_extract_the_same_units_at_once(lake, config, benchmark_data):
     train(lake, "r", config, num_steps=24, benchmark=benchmark_data, anchor_every=8)
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
-    workers = [context.Process(target=_extract_in_process, args=(lake.uri, barrier)) for _ in range(2)]
+    command = "from lakebed.cli import main; main()"
+    arguments = ["extract", "svd", "--lake", lake.uri, "--run", "r", "--steps", "0:24:2", "--threads", "1"]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+        printed, _ = worker.communicate(timeout=120)
+        assert worker.returncode == 0
+        assert json.loads(printed)["made"]["svd"] <= 13
     lake.refresh()
     assert lake.dataset_steps("r", "svd") == list(range(0, 25, 2))
     counts = lake.sql(
