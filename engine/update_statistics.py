@@ -170,9 +170,14 @@ def _add_terms(piece: dict[str, Tensor], step: ParameterStep) -> None:
 
 def _accumulate(totals: dict[str, Array], piece: dict[str, Tensor], inside: Array, starts: Array) -> None:
     arrays = {name: tensor.numpy(force=True) for name, tensor in piece.items()}
+    stops = np.append(starts[1:], len(arrays["update"]))
+    # A dot is one pass; a product and its segment sums are two, but one call for many short parameters.
+    spans = list(zip(starts.tolist(), stops.tolist(), strict=True)) if len(starts) <= 4 else []
     for name, (left, right, sign) in _SUMS.items():
         if left in arrays and right in arrays:
-            totals[name][inside] += sign * np.add.reduceat(arrays[left] * arrays[right], starts)
+            a, b = arrays[left], arrays[right]
+            sums = [np.dot(a[i:j], b[i:j]) for i, j in spans] if spans else np.add.reduceat(a * b, starts)
+            totals[name][inside] += sign * np.asarray(sums)
     for name, source in _PEAKS.items():
         if source in arrays:
             peak = np.maximum.reduceat(np.abs(arrays[source]), starts)  # NaN wins, as it should

@@ -92,24 +92,25 @@ def split_update(
         if tensor is not None and tensor.shape != weight.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the weight {tuple(weight.shape)}")
 
-    def wide(value: Scalar) -> Tensor:
+    def wide(value: Scalar) -> float | Tensor:
         return _per_step(value, weight, dtype)
 
     k, rate, b1, b2, decay = wide(step), wide(learning_rate), wide(beta1), wide(beta2), wide(weight_decay)
-    sign = -1.0 if maximize else 1.0
     theta = weight.to(dtype)
-    raw = sign * gradient.to(dtype)
-    clipped = raw * wide(clip_coefficient) if applied_gradient is None else sign * applied_gradient.to(dtype)
-    coupled = torch.zeros_like(theta) if decoupled else decay * theta
+    raw = gradient.to(dtype)
+    clipped = raw * wide(clip_coefficient) if applied_gradient is None else applied_gradient.to(dtype)
+    if maximize:
+        raw, clipped = -raw, -clipped
     m = torch.zeros_like(theta) if exp_avg is None else exp_avg.to(dtype)
     v = torch.zeros_like(theta) if exp_avg_sq is None else exp_avg_sq.to(dtype)
 
-    second_moment = b2 * v + (1 - b2) * (clipped + coupled) ** 2
-    denominator = second_moment.sqrt() / (1 - b2**k).sqrt() + wide(eps)
-    scale = -rate / (1 - b1**k) / denominator
-    current, historical = scale * (1 - b1) * clipped, scale * b1 * m
+    seen = clipped if decoupled else clipped + decay * theta
+    second_moment = b2 * v + (1 - b2) * (seen * seen)
+    denominator = second_moment.sqrt_().div_((1 - b2**k) ** 0.5).add_(wide(eps))
+    scale = (-rate / (1 - b1**k)) / denominator
+    current, historical = (scale * clipped).mul_(1 - b1), (scale * m).mul_(b1)
     preconditioned = current + historical
-    decayed = -rate * decay * theta if decoupled else scale * (1 - b1) * coupled
+    decayed = (-rate * decay) * theta if decoupled else (scale * theta).mul_((1 - b1) * decay)
     reconstructed = preconditioned + decayed
     return UpdateTerms(
         raw_sgd=-rate * raw,
@@ -123,8 +124,10 @@ def split_update(
     )
 
 
-def _per_step(value: Scalar, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _per_step(value: Scalar, weight: Tensor, dtype: torch.dtype) -> float | Tensor:
     """A scalar as it is; one value per step shaped to broadcast along the weight's leading step axis."""
+    if isinstance(value, float | int):
+        return float(value)
     tensor = torch.as_tensor(value, dtype=dtype, device=weight.device)
     if tensor.ndim == 0:
         return tensor

@@ -24,7 +24,7 @@ from lakebed.lake import Lake
 BLOCK = 8
 
 MEMORY = """
-import json, resource, sys, tempfile
+import json, sys, tempfile
 import torch
 torch.set_num_threads(2)
 from lakebed.engine.config import load_config
@@ -34,7 +34,9 @@ steps = int(sys.argv[1])
 with tempfile.TemporaryDirectory() as folder, Lake.create(folder + "/m.lake") as lake:
     config = load_config("demo", num_steps=2000, eval_every_steps=2000)
     train(lake, "r", config, num_steps=steps)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+# Not getrusage: its maximum survives exec, and so would be this benchmark's own.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps(int(peak.split()[1]) * 1024))
 """
 
 
@@ -101,7 +103,10 @@ def memory() -> dict[str, float | str]:
     for steps in (200, 2000):
         command = [sys.executable, "-c", MEMORY, str(steps)]
         peaks[steps] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {"peak memory, 2,000 steps / 200 steps (<= 1.05)": peaks[2000] / peaks[200]}
+    return {
+        "peak memory, 2,000 steps / 200 steps (<= 1.05)": peaks[2000] / peaks[200],
+        "peak memory of 2,000 steps, MB": peaks[2000] / 1e6,
+    }
 
 
 if __name__ == "__main__":

@@ -140,7 +140,9 @@ def test_nan_is_counted_and_shown():
     gradient = step.gradient.clone()
     gradient[[3, 17]] = torch.tensor([float("nan"), float("-inf")])
     row = parameter_statistics(
-        ParameterStep(step.weight_before, step.weight_after, gradient, gradient, group=step.group)
+        ParameterStep(
+            step.weight_before, step.weight_after, gradient, gradient, group=step.group, step_count=4
+        )
     )
     assert row["nonfinite_gradient_entries"] == 2
     assert np.isnan(row["gradient_l2"])
