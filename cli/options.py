@@ -52,7 +52,7 @@ def recording_options(function: Function) -> Function:
         click.option(
             "--anchor-every",
             type=click.IntRange(1, 4096),
-            default=32,
+            default=64,
             show_default=True,
             help="Steps between stored weights and moments; the rest is replayed, bit for bit.",
         ),

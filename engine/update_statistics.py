@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .optimizer import AdamGroup, split_update
 
-# Temporaries below 128 KiB stay in cache and in the allocator's arena; those of a whole matrix fault in fresh pages
-# for every operation, which costs more than the arithmetic.
-_PIECE = 15_000
+# As few calls as possible, each below the 32,768 elements at which torch starts a second thread: the recorder measures
+# beside a training that has its own use for every core.
+_PIECE = 32_000
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,12 @@ def _accumulate(totals: dict[str, Array], piece: dict[str, Tensor], inside: Arra
     spans = list(zip(starts.tolist(), stops.tolist(), strict=True)) if len(starts) <= 4 else []
     for name, (left, right, sign) in _SUMS.items():
         if left in arrays and right in arrays:
-            a, b = arrays[left], arrays[right]
-            sums = [np.dot(a[i:j], b[i:j]) for i, j in spans] if spans else np.add.reduceat(a * b, starts)
-            totals[name][inside] += sign * np.asarray(sums)
+            if spans:
+                # torch's dot: NumPy's wakes OpenBLAS threads, which then spin beside the training they measure.
+                sums = np.array([float(torch.dot(piece[left][i:j], piece[right][i:j])) for i, j in spans])
+            else:
+                sums = np.add.reduceat(arrays[left] * arrays[right], starts)
+            totals[name][inside] += sign * sums
     for name, source in _PEAKS.items():
         if source in arrays:
             peak = np.maximum.reduceat(np.abs(arrays[source]), starts)  # NaN wins, as it should

@@ -34,9 +34,12 @@ from ..engine.tap import CapturedStep, OptimizerTap, StateKind
 from ..lake import Lake
 from ..lake.names import canonical_json
 from .runs import RecordingError, RunInfo, describe_run, model_parameters, register_run
+from .threads import start_single_threaded, work_in_the_background
 from .trace_writer import PendingStep, TraceWriter, live_state
 
 STORES = ("exact", "full")
+# Anchors then add under 5 % to the gradients' bytes, a kill costs at most this many steps, and a replay takes a blink.
+ANCHOR_EVERY = 64
 _STOP = object()
 
 
@@ -63,7 +66,7 @@ class Recorder:
         optimizer: torch.optim.Optimizer,
         *,
         store: str = "exact",
-        anchor_every: int = 32,
+        anchor_every: int = ANCHOR_EVERY,
         start_step: int = 0,
         info: RunInfo | None = None,
         queue_steps: int = 4,
@@ -91,8 +94,9 @@ class Recorder:
             self._tap.detach()
             raise
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, queue_steps))
+        self._alone = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"lakebed recorder {run}", daemon=True)
-        self._thread.start()
+        start_single_threaded(self._thread, self._alone)
         atexit.register(_close_forgotten, weakref.ref(self))
 
     def _begin(self, run: str, store: str, info: RunInfo) -> TraceWriter:
@@ -178,6 +182,8 @@ class Recorder:
     # -- in the background -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        work_in_the_background()
+        self._alone.set()
         while (pending := self._queue.get()) is not _STOP:
             try:
                 if self._error is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -29,3 +30,26 @@ def small_work(largest_side: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def work_in_the_background() -> None:
+    """Called by a thread that works beside a training which uses every core: one torch thread, low priority.
+
+    OpenMP threads that wait for a busy core spin, and a training step waits for the slowest of its own.
+    """
+    torch.set_num_threads(1)
+    with suppress(
+        AttributeError, OSError
+    ):  # Linux gives threads priorities of their own; elsewhere it stays as it is
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def start_single_threaded(thread: threading.Thread, ready: threading.Event) -> None:
+    """Starts a thread that calls `work_in_the_background` and then sets `ready`.
+
+    torch keeps the number of threads per thread, but also as the default of those to come: that is put back here.
+    """
+    count = torch.get_num_threads()
+    thread.start()
+    ready.wait()
+    torch.set_num_threads(count)

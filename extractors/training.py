@@ -19,7 +19,7 @@ from ..lake.errors import MissingData
 from ..lake.names import canonical_json
 from ..lake.steps import StepSyntax
 from .progress import Progress, Silent
-from .recorder import Recorder
+from .recorder import ANCHOR_EVERY, Recorder
 from .runs import RecordingError, RunInfo, describe_run, model_parameters, register_run
 from .states import StateReader, optimizer_state
 from .trace_block import block_rows, state_hash
@@ -80,7 +80,7 @@ def train(
     num_steps: int | None = None,
     record: str = "all",
     store: str = "exact",
-    anchor_every: int = 32,
+    anchor_every: int = ANCHOR_EVERY,
     device: str = "cpu",
     benchmark: Benchmark | None = None,
     progress: Progress | None = None,
@@ -120,7 +120,7 @@ def trace(
     *,
     into: str | None = None,
     store: str = "exact",
-    anchor_every: int = 32,
+    anchor_every: int = ANCHOR_EVERY,
     device: str = "cpu",
     require_historical_replay: bool = False,
     progress: Progress | None = None,

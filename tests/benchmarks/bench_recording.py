@@ -21,7 +21,8 @@ from lakebed.engine.training import TrainingLoop
 from lakebed.extractors import Recorder
 from lakebed.lake import Lake
 
-BLOCK = 8
+# Long enough that waiting for the last steps of a block to be written, which training would overlap, is a small part.
+BLOCK = 16
 
 MEMORY = """
 import json, sys, tempfile
@@ -40,7 +41,7 @@ print(json.dumps(int(peak.split()[1]) * 1024))
 """
 
 
-def run(pairs: int = 16) -> dict[str, float | str]:
+def run(pairs: int = 10) -> dict[str, float | str]:
     """Ratios recorded/bare of time, bytes and memory."""
     torch.set_num_threads(2)
     config = load_config("formation")
