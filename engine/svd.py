@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import LakebedError
-
-Component = Literal["attention_head", "mlp"]
 
 _NoConvergence: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -131,28 +129,16 @@ def ov_factors(W_V: Tensor, W_O: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """A matrix whose spectrum is followed: where it lives, what its two sides are, which weights make it."""
+    """A matrix whose spectrum is followed: which weights make it, and as which thin factors if it is a product."""
 
-    component: Component
-    left: str
-    right: str
     weights: tuple[str, ...]
     factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
-_QUERY, _KEY = "query_residual_direction", "key_residual_direction"
-_INPUT, _OUTPUT = "input_residual_direction", "output_residual_direction"
-_HEAD, _HIDDEN = "head_direction", "mlp_hidden_direction"
-
 MATRICES: Mapping[str, WeightMatrix] = {
-    "W_QK": WeightMatrix("attention_head", _QUERY, _KEY, ("W_Q", "W_K"), qk_factors),
-    "W_OV": WeightMatrix("attention_head", _INPUT, _OUTPUT, ("W_V", "W_O"), ov_factors),
-    "W_Q": WeightMatrix("attention_head", _HEAD, _QUERY, ("W_Q",)),
-    "W_K": WeightMatrix("attention_head", _HEAD, _KEY, ("W_K",)),
-    "W_V": WeightMatrix("attention_head", _HEAD, _INPUT, ("W_V",)),
-    "W_O": WeightMatrix("attention_head", _OUTPUT, _HEAD, ("W_O",)),
-    "W_in": WeightMatrix("mlp", _HIDDEN, _INPUT, ("W_in",)),
-    "W_out": WeightMatrix("mlp", _OUTPUT, _HIDDEN, ("W_out",)),
+    "W_QK": WeightMatrix(("W_Q", "W_K"), qk_factors),
+    "W_OV": WeightMatrix(("W_V", "W_O"), ov_factors),
+    **{name: WeightMatrix((name,)) for name in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")},
 }
 """The matrices by name: raw stored weights, no bias, no LayerNorm gain folded in, no 1/√d_h."""
 

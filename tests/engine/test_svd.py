@@ -23,6 +23,7 @@ from lakebed.engine.svd import (
     split_output_heads,
     weight_matrix_svd,
 )
+from lakebed.lake.datasets import VECTOR_LABELS
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +248,7 @@ def dense_matrix(name, projections, layer, head):
 @pytest.mark.parametrize("name", MATRICES)
 def test_each_matrix_against_its_definition(name, weights, projections):
     result = weight_matrix_svd(name, weights)
-    per_head = MATRICES[name].component == "attention_head"
+    per_head = name not in ("W_in", "W_out")
     assert result.S.shape[:-1] == ((LAYERS, HEADS) if per_head else (LAYERS,))
     assert result.S.shape[-1] == (D_HEAD if per_head else D_MODEL)
     for layer in range(LAYERS):
@@ -267,10 +268,12 @@ def test_sides_are_what_the_labels_say(weights):
     written = weights["W_O"][head] @ (weights["W_V"][head] @ U[1, 2, :, 1])
     torch.testing.assert_close(written, S[1, 2, 1] * Vh[1, 2, 1])
     sizes = {"residual": D_MODEL, "mlp_hidden": D_MLP, "head": D_HEAD}
-    for name, matrix in MATRICES.items():
+    assert VECTOR_LABELS.keys() == MATRICES.keys()
+    for name, labels in VECTOR_LABELS.items():
         U, _, Vh = weight_matrix_svd(name, weights)
-        for label, size in ((matrix.left, U.shape[-2]), (matrix.right, Vh.shape[-1])):
-            assert next(sizes[kind] for kind in sizes if kind in label) == size, (name, label)
+        for label, size in zip(labels, (U.shape[-2], Vh.shape[-1]), strict=True):
+            known = next(sizes[kind] for kind in ("residual", "mlp_hidden", "head") if kind in label)
+            assert known == size, (name, label)
 
 
 def test_grouped_query_heads(weights):
