@@ -100,7 +100,7 @@ def _extract(lake: Any, bars: Any) -> None:
     }
     # About fifty points for the charts; those between anchors are replayed.
     last = lake.table("steps", RUN).select("step").collect()["step"].max()
-    stride = max(1, last // 50)
+    stride = max(1, -(-last // 50))
     extract(lake, RUN, list(needs.values()), f"0:{last}:{stride},last", progress=bars)
 
 
