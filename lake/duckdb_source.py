@@ -14,10 +14,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 
 from .errors import LakebedError
+from .imports import without_pandas
 from .sources import Scan
+
+with without_pandas():
+    import pyarrow.dataset
 
 
 class TensorDataset(pyarrow.dataset.Dataset):  # type: ignore[misc]

@@ -36,6 +36,7 @@ VECTOR_SCHEMA = {
     "side": pl.String,
     "values": pl.List(pl.Float32),
 }
+_BYTES_AT_ONCE = 2 << 20
 _ROWS_AT_ONCE = 1 << 20
 # The vectors of U stand in rows of the stored array, like those of Vᵀ.
 SIDES = {"U": "left", "Vh": "right"}
@@ -189,11 +190,35 @@ def _blocks(
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]]:
     """(steps, cells or None) in pieces that fit in memory, whether the cells are read or not."""
     if read:
-        yield from tensor.blocks(np.isin(tensor.steps, steps))
+        yield from _joined(tensor.blocks(np.isin(tensor.steps, steps)))
         return
     count = max(1, _ROWS_AT_ONCE // max(1, per_step))
     for start in range(0, len(steps), count):
         yield steps[start : start + count], None
+
+
+def _joined(
+    blocks: Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]],
+) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Blocks put together until they are worth a frame; the first comes alone, so that LIMIT reads one chunk."""
+    held: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+    size, enough = 0, 1
+    for steps, cells in blocks:
+        held.append((steps, cells))
+        size += cells.nbytes
+        if size >= enough:
+            yield _concatenated(held)
+            held, size, enough = [], 0, _BYTES_AT_ONCE
+    if held:
+        yield _concatenated(held)
+
+
+def _concatenated(
+    held: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]],
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    if len(held) == 1:
+        return held[0]
+    return np.concatenate([steps for steps, _ in held]), np.concatenate([cells for _, cells in held])
 
 
 def _repeated(value: str | None, count: int, dtype: Any) -> pl.Series:

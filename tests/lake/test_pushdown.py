@@ -160,3 +160,15 @@ def test_singular_vectors_are_rows_by_rank_and_side(lake: Lake) -> None:
     ).fetchall()
     np.testing.assert_array_equal(found[0], flat[2, 0, 0])
     assert found[1] is None
+
+
+def test_tensor_sql_does_not_import_pandas_and_pyarrow_still_converts_to_it():
+    import subprocess
+    import sys
+
+    script = (
+        "import sys; from lakebed.lake import duckdb_source; import pyarrow as pa; "
+        "assert not any(name.split('.')[0] == 'pandas' for name in sys.modules); "
+        "assert list(pa.table({'a': [1, 2]}).to_pandas()['a']) == [1, 2]; import pandas; pandas.DataFrame"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
