@@ -35,6 +35,7 @@ from ..lake import Lake
 from ..lake.names import canonical_json
 from .runs import RecordingError, RunInfo, describe_run, model_parameters, register_run
 from .threads import start_single_threaded, work_in_the_background
+from .trace_block import MOMENTS
 from .trace_writer import PendingStep, TraceWriter, live_state
 
 STORES = ("exact", "full")
@@ -106,7 +107,7 @@ class Recorder:
         state = live_state(self._model, self._optimizer)
         replay = None
         if not self._full:
-            moments = {name: state.optimizer.get(name, {}) for name in ("exp_avg", "exp_avg_sq")}
+            moments = {name: state.optimizer.get(name, {}) for name in MOMENTS}
             replay = AdamReplay(state.weights, moments["exp_avg"], moments["exp_avg_sq"], state.step_counts)
         return TraceWriter(self.lake, run, self.step, self._anchor_every, state, replay)
 

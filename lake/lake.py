@@ -17,7 +17,7 @@ from . import codec
 from .axis import claim_rows
 from .errors import CorruptFile, InputMismatch, LakeExists, LakeNotFound, NewerFormat, UnknownName
 from .names import check_run_name, encode_name, spec_id
-from .receipts import FOLDER, FileEntry, Receipt, ReceiptIndex, Unit
+from .receipts import FileEntry, Receipt, ReceiptIndex, Unit
 from .schema import FORMAT_VERSION, QUANTITIES, TABLES
 from .steps import summarize_steps
 from .storage import Storage
@@ -315,6 +315,3 @@ class Lake:
 def _shortened(names: Iterable[str], limit: int = 12) -> str:
     listed = list(names)
     return ", ".join(listed[:limit]) + (f" … ({len(listed)} in all)" if len(listed) > limit else "")
-
-
-__all__ = ["FOLDER", "Lake"]

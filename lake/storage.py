@@ -160,10 +160,6 @@ class Storage:
         except FileNotFoundError:
             return
 
-    def is_folder(self) -> bool:
-        """Whether anything stands at the root."""
-        return bool(self.fs.isdir(self.root))
-
 
 def _write_file(path: str, data: bytes) -> None:
     with open(path, "wb", buffering=0) as file:
