@@ -23,12 +23,13 @@ from .options import lake_option, run_option
 )
 def import_(folder: str, lake_uri: str, run: str, config: str | None) -> None:
     """Import the checkpoints in DIR: step_*.pt with model_state (and optimizer_state), or *.safetensors."""
-    from ..extractors.importing import import_checkpoints
+    from ..extractors.importing import find_checkpoints, import_checkpoints
     from ..extractors.training import load
     from ..lake import Lake
     from .progress import Bars
 
     loaded = None if config is None else load(config)
+    find_checkpoints(folder)  # before a lake is made for nothing
     with Lake.open_or_create(lake_uri) as lake, Bars() as bars:
         result = import_checkpoints(lake, folder, run, loaded, progress=bars)
     shown = {"lake": lake_uri, "run": run, "imported": result.imported, "standing": result.standing}

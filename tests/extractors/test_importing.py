@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from lakebed.cli import main
 from lakebed.engine.training import TrainingLoop
 from lakebed.extractors.importing import CheckpointError, find_checkpoints, import_checkpoints
 from lakebed.extractors.plan import extract
@@ -190,6 +191,14 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(lake, tmp_path, 
     save_file({"a": torch.zeros(1)}, nameless / "model.safetensors")
     with pytest.raises(CheckpointError, match="does not name its step"):
         find_checkpoints(nameless)
+
+
+def test_a_wrong_folder_makes_no_lake(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["import", str(tmp_path / "absent"), "--lake", str(tmp_path / "new.lake"), "--run", "a"])
+    assert left.value.code == 1
+    assert capsys.readouterr().err == f"lakebed: Checkpoint directory not found: {tmp_path / 'absent'}\n"
+    assert not (tmp_path / "new.lake").exists()
 
 
 def test_other_bytes_for_a_step_that_stands_are_refused(lake, tmp_path, checkpoints, config):
