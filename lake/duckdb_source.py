@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -30,7 +29,7 @@ class TensorDataset(pyarrow.dataset.Dataset):  # type: ignore[misc]
         """`failures` takes what stops a scan: DuckDB reports it as text only, with a traceback in it."""
         self._scan = scan
         self._failures = failures
-        self._schema = pl.DataFrame(schema=scan.schema).to_arrow().schema
+        self._schema = scan.schema
 
     @property
     def schema(self) -> pa.Schema:
@@ -76,18 +75,20 @@ class TensorScanner:
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         index = self._scan.index()
-        used = self._used()
-        decided = used <= set(index.columns)
+        table, used = index.table, self._used()
+        decided = used <= set(table.column_names)
         if decided and self._condition is not None:
-            index = _filtered(index, self._condition)
+            table = table.filter(self._condition)
         needed = [name for name in self._schema.names if name in {*self._columns, *used}]
-        for (run, name), group in index.group_by(["run", "array"], maintain_order=True):
-            steps = group["step"].to_numpy()
+        for run, name, steps in index.groups(table["array"].to_numpy(), table["step"].to_numpy()):
+            left = steps
             if not decided and "values" in needed and "values" not in used:
-                steps = self._steps_left(str(run), str(name), steps, used)
-            for frame in self._scan.rows(str(run), str(name), steps, needed):
-                kept = frame if decided or self._condition is None else _filtered(frame, self._condition)
-                yield from self._projected(kept)
+                left = self._steps_left(run, name, steps, used)
+            for batch in self._scan.rows(run, name, left, needed):
+                kept = batch if decided or self._condition is None else batch.filter(self._condition)
+                # With no column wanted a batch still counts rows.
+                if kept.num_rows:
+                    yield kept.select(self._columns)
 
     def _used(self) -> set[str]:
         """Columns that the condition reads: those it cannot be bound without. An expression does not tell otherwise."""
@@ -107,18 +108,6 @@ class TensorScanner:
     ) -> np.ndarray[Any, Any]:
         """Steps with a row that fulfils the condition, decided before any chunk is opened."""
         assert self._condition is not None
-        frames = self._scan.rows(run, name, steps, [*used, "step"])
-        left = [_filtered(frame, self._condition)["step"].unique() for frame in frames]
+        batches = self._scan.rows(run, name, steps, [*used, "step"])
+        left = [batch.filter(self._condition)["step"].to_numpy() for batch in batches]
         return np.unique(np.concatenate(left)) if left else steps[:0]
-
-    def _projected(self, frame: pl.DataFrame) -> Iterator[pa.RecordBatch]:
-        """Batches of the wanted columns; with none wanted they still count rows."""
-        if not len(frame):
-            return
-        yield from frame.to_arrow().select(self._columns).to_batches()
-
-
-def _filtered(frame: pl.DataFrame, condition: pc.Expression) -> pl.DataFrame:
-    kept = pl.from_arrow(frame.to_arrow().filter(condition))
-    assert isinstance(kept, pl.DataFrame)
-    return kept

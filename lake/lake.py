@@ -178,7 +178,7 @@ class Lake:
         self.refresh()
         views = {quantity.view: quantity.name for quantity in QUANTITIES.values()}
         if name in views:
-            from .sources import tensor_source
+            from .polars_source import tensor_source
 
             source = tensor_source(self, views[name], name)
             return source if run is None else source.filter(pl.col("run") == run)
