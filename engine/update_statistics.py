@@ -6,7 +6,8 @@ Every number is a float64 sum over the float32 tensors of the step. The split of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .optimizer import AdamGroup, split_update
+from .optimizer import AdamGroup
+from .update_terms import adam_terms
 
 # As few calls as possible, each below the 32,768 elements at which torch starts a second thread: the recorder measures
 # beside a training that has its own use for every core.
@@ -45,6 +47,12 @@ Statistics = dict[str, float | int | bool | None]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+# Every vector of a step whose products are taken; the first two are those whose largest entry is, too.
+_VECTORS = (
+    *("update", "gradient", "applied", "weight_before", "weight_after"),
+    *("exp_avg_before", "exp_avg_after", "exp_avg_sq_after"),
+    *(_TERMS := ("current_gradient", "momentum", "weight_decay", "residual")),
+)
 _LENGTHS = {
     "weight_l2_before": "weight_before",
     "weight_l2": "weight_after",
@@ -69,15 +77,15 @@ _PRODUCTS = {
     "weight_decay_dot_update": ("weight_decay", "update", 1),
     "residual_dot_update": ("residual", "update", 1),
 }
-_TERMS = ("current_gradient", "momentum", "weight_decay", "residual")
-_PEAKS = {"delta_max_abs": "update", "gradient_max_abs": "gradient"}
-_SUMS: dict[str, tuple[str, str, int]] = {
-    **{name: (source, source, 1) for name, source in _LENGTHS.items()},
-    **_PRODUCTS,
-    # Needed for cosines, not columns of their own.
-    "_exp_avg_before_l2": ("exp_avg_before", "exp_avg_before", 1),
-    "_update_dot_exp_avg": ("update", "exp_avg_after", -1),
+# Those that neither contain the update, which meets every vector, nor are a square.
+_PAIRS = [(left, right) for left, right, _ in _PRODUCTS.values() if "update" not in (left, right)]
+_COSINES = {
+    "update_weight_cosine": ("update", "weight_before", 1),
+    "update_gradient_cosine": ("update", "gradient", -1),
+    "gradient_momentum_cosine": ("applied", "exp_avg_before", 1),
+    "update_momentum_cosine": ("update", "exp_avg_after", -1),
 }
+_PEAKS = {"delta_max_abs": "update", "gradient_max_abs": "gradient"}
 
 
 def parameter_statistics(step: ParameterStep) -> Statistics:
@@ -118,90 +126,150 @@ def _tensors(step: ParameterStep) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
+class _Workspace(threading.local):
+    """Float64[row, piece] to work in: allocated once per thread and device, since fresh memory is half the cost."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.device, Tensor] = {}
+
+    def rows(self, device: torch.device, size: int) -> Tensor:
+        held = self._held.get(device)
+        if held is None or held.shape[1] < size:
+            rows = len(_VECTORS) + len(_SCRATCH)
+            held = self._held[device] = torch.empty(
+                rows, max(size, _PIECE), dtype=torch.float64, device=device
+            )
+        return held[:, :size]
+
+
+_SCRATCH = ("exp_avg_sq_before", "denominator", "ascent", "zero")
+_workspace = _Workspace()
+
+
 def _measure(members: Sequence[ParameterStep]) -> list[Statistics]:
-    named = [_tensors(step) for step in members]
-    flat = {name: torch.cat([of[name].detach().reshape(-1) for of in named]) for name in named[0]}
-    sizes = np.array([step.weight_before.numel() for step in members])
-    ends = np.cumsum(sizes)
-    totals = {name: np.zeros(len(members)) for name in (*_SUMS, *_PEAKS, "nonfinite")}
-    for start in range(0, int(ends[-1]), _PIECE):
-        piece = {name: tensor[start : start + _PIECE].to(torch.float64) for name, tensor in flat.items()}
-        _add_terms(piece, members[0])
-        stop = start + len(piece["update"])
-        # Parameters that have an element in this piece, and where in it the first of each lies.
-        first = int(np.searchsorted(ends, start, side="right"))
-        inside = [i for i in range(first, int(np.searchsorted(ends, stop - 1, side="right")) + 1) if sizes[i]]
-        starts = np.maximum(ends[inside] - sizes[inside] - start, 0)
-        _accumulate(totals, piece, np.array(inside), starts)
-    present = {*flat, "update", *(_TERMS if members[0].group is not None and "gradient" in flat else ())}
+    flat = [{name: t.detach().reshape(-1) for name, t in _tensors(step).items()} for step in members]
+    explained = members[0].group is not None and "gradient" in flat[0]
+    vectors = [n for n in _VECTORS if n in flat[0] or n == "update" or (explained and n in _TERMS)]
+    count = len(vectors)
+    products = np.zeros((len(members), count, count))
+    diagonal = np.arange(1, count)
+    pairs = [(vectors.index(a), vectors.index(b)) for a, b in _PAIRS if {a, b} <= set(vectors)]
+    peaks = np.zeros((len(members), 2 if "gradient" in flat[0] else 1))
+    for spans in _pieces([len(of["weight_before"]) for of in flat]):
+        rows = _workspace.rows(members[0].weight_before.device, spans[-1].end)
+        # The vectors lie together, so that one product of matrices takes all of theirs.
+        piece = dict(zip((*vectors, *_SCRATCH), rows, strict=False))
+        for name in flat[0]:
+            parts = [flat[span.member][name][span.start : span.stop] for span in spans]
+            piece[name].copy_(parts[0] if len(parts) == 1 else torch.cat(parts))
+        torch.sub(piece["weight_after"], piece["weight_before"], out=piece["update"])
+        if explained:
+            _add_terms(piece, members[0])
+        for span in spans:
+            part = rows[:count, span.at : span.end]
+            # torch's products: NumPy's wake OpenBLAS threads, which then spin beside the training they measure. A Gram
+            # matrix of all the vectors would take twice as long as the three kinds of product that are needed.
+            found = products[span.member]
+            found[0] += torch.mv(part, part[0]).numpy(force=True)
+            found[diagonal, diagonal] += torch.linalg.vecdot(part[1:], part[1:]).numpy(force=True)
+            for left, right in pairs:
+                found[left, right] += float(torch.dot(part[left], part[right]))
+            for row, name in enumerate(vectors[: peaks.shape[1]]):
+                low, high = torch.aminmax(piece[name][span.at : span.end])
+                # NaN wins, as it should.
+                peaks[span.member, row] = np.maximum(peaks[span.member, row], max(-float(low), float(high)))
+    columns = _columns(products, peaks, vectors)
     return [
-        _row(step, {name: float(total[i]) for name, total in totals.items()}, present)
-        for i, step in enumerate(members)
+        _row(step, {name: values[i] for name, values in columns.items()}) for i, step in enumerate(members)
     ]
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Elements `start` to `stop` of parameter `member`, which lie in a piece from `at` on."""
+
+    member: int
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def end(self) -> int:
+        return self.at + self.stop - self.start
+
+
+def _pieces(sizes: Sequence[int]) -> Iterator[list[_Span]]:
+    """Every element of parameters of these sizes, end to end, in pieces of `_PIECE`."""
+    spans: list[_Span] = []
+    for member, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            at = spans[-1].end if spans else 0
+            spans.append(_Span(member, start, min(size, start + _PIECE - at), at))
+            start = spans[-1].stop
+            if spans[-1].end == _PIECE:
+                yield spans
+                spans = []
+    if spans:
+        yield spans
+
+
 def _add_terms(piece: dict[str, Tensor], step: ParameterStep) -> None:
-    piece["update"] = piece["weight_after"] - piece["weight_before"]
-    group = step.group
-    if group is None or "gradient" not in piece:
-        return
-    terms = split_update(
+    assert step.group is not None
+    group, applied, zero = step.group, piece["applied"], piece["zero"]
+    if step.exp_avg_before is None or step.exp_avg_sq_before is None:
+        zero.zero_()
+    current, momentum, decay = adam_terms(
         piece["weight_before"],
-        piece["gradient"],
-        piece.get("exp_avg_before"),
-        piece.get("exp_avg_sq_before"),
+        torch.neg(applied, out=piece["ascent"]) if group.maximize else applied,
+        zero if step.exp_avg_before is None else piece["exp_avg_before"],
+        zero if step.exp_avg_sq_before is None else piece["exp_avg_sq_before"],
         step=step.step_count,
-        learning_rate=group.learning_rate,
+        rate=group.learning_rate,
         beta1=group.beta1,
         beta2=group.beta2,
         eps=group.eps,
-        weight_decay=group.weight_decay,
-        applied_gradient=piece["applied"],
+        decay=group.weight_decay,
         decoupled=group.decoupled,
-        maximize=group.maximize,
-        actual=piece["update"],
+        out=[piece[name] for name in (*_TERMS[:3], "denominator")],
     )
-    assert terms.residual is not None
-    piece["current_gradient"] = terms.adam_current_gradient
-    piece["momentum"] = terms.adam_historical_momentum
-    piece["weight_decay"] = terms.weight_decay
-    piece["residual"] = terms.residual
+    torch.sub(piece["update"], current, out=piece["residual"]).sub_(momentum).sub_(decay)
 
 
-def _accumulate(totals: dict[str, Array], piece: dict[str, Tensor], inside: Array, starts: Array) -> None:
-    arrays = {name: tensor.numpy(force=True) for name, tensor in piece.items()}
-    stops = np.append(starts[1:], len(arrays["update"]))
-    # A dot is one pass; a product and its segment sums are two, but one call for many short parameters.
-    spans = list(zip(starts.tolist(), stops.tolist(), strict=True)) if len(starts) <= 4 else []
-    for name, (left, right, sign) in _SUMS.items():
-        if left in arrays and right in arrays:
-            if spans:
-                # torch's dot: NumPy's wakes OpenBLAS threads, which then spin beside the training they measure.
-                sums = np.array([float(torch.dot(piece[left][i:j], piece[right][i:j])) for i, j in spans])
-            else:
-                sums = np.add.reduceat(arrays[left] * arrays[right], starts)
-            totals[name][inside] += sign * sums
-    for name, source in _PEAKS.items():
-        if source in arrays:
-            peak = np.maximum.reduceat(np.abs(arrays[source]), starts)  # NaN wins, as it should
-            totals[name][inside] = np.maximum(totals[name][inside], peak)
-    if "gradient" in arrays and not np.isfinite(totals["gradient_l2"] + totals["clipped_gradient_l2"]).all():
-        broken = ~(np.isfinite(arrays["gradient"]) & np.isfinite(arrays["applied"]))
-        totals["nonfinite"][inside] += np.add.reduceat(broken.astype(np.float64), starts)
+def _columns(products: Array, peaks: Array, vectors: Sequence[str]) -> dict[str, list[float | None]]:
+    """The numbers by name, a value per parameter.
+
+    `products` is Float64[parameter, vector, vector], right of its diagonal where it was asked for, and `peaks`
+    Float64[parameter, vector] of the first vectors.
+    """
+    place = {name: i for i, name in enumerate(vectors)}
+    lengths = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
+
+    def product(left: str, right: str, sign: int) -> Array:
+        row, column = sorted((place[left], place[right]))
+        return sign * products[:, row, column]
+
+    found: dict[str, Array] = {n: lengths[:, place[of]] for n, of in _LENGTHS.items() if of in place}
+    found.update({n: product(*of) for n, of in _PRODUCTS.items() if {of[0], of[1]} <= place.keys()})
+    found.update({n: peaks[:, place[of]] for n, of in _PEAKS.items() if of in place})
+    columns: dict[str, list[float | None]] = {name: values.tolist() for name, values in found.items()}
+    for name, (left, right, sign) in _COSINES.items():
+        if left in place and right in place:
+            scale = lengths[:, place[left]] * lengths[:, place[right]]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                cosine = np.clip(product(left, right, sign) / scale, -1, 1)
+            columns[name] = np.where(scale == 0, None, cosine).tolist()
+        else:
+            columns[name] = [None] * len(products)
+    return columns
 
 
-def _row(step: ParameterStep, sums: dict[str, float], present: set[str]) -> Statistics:
-    def known(source: tuple[str, str, int] | str) -> bool:
-        return source in present if isinstance(source, str) else {source[0], source[1]} <= present
-
-    row: Statistics = {name: math.sqrt(sums[name]) for name, source in _LENGTHS.items() if known(source)}
-    row.update({name: sums[name] for name, source in _PRODUCTS.items() if known(source)})
-    row.update({name: sums[name] for name, source in _PEAKS.items() if known(source)})
+def _row(step: ParameterStep, row: Statistics) -> Statistics:
     row.update(
         numel=step.weight_before.numel(),
         has_gradient=step.gradient is not None,
         optimizer_step=step.step_count,
-        nonfinite_gradient_entries=int(sums["nonfinite"]),
+        nonfinite_gradient_entries=_nonfinite(step, row),
     )
     if step.group is not None and step.gradient is not None:
         rate = abs(step.group.learning_rate)
@@ -209,30 +277,16 @@ def _row(step: ParameterStep, sums: dict[str, float], present: set[str]) -> Stat
             raw_sgd_l2=rate * _number(row["gradient_l2"]),
             clipped_sgd_l2=rate * _number(row["clipped_gradient_l2"]),
         )
-    return row | _cosines(row, {name: sums[name] for name, source in _SUMS.items() if known(source)})
+    return row
 
 
-def _cosines(row: Statistics, sums: dict[str, float]) -> Statistics:
-    def cosine(product: object, left: object, right: object) -> float | None:
-        if product is None or left is None or right is None or _number(left) * _number(right) == 0:
-            return None
-        value = _number(product) / (_number(left) * _number(right))
-        return value if math.isnan(value) else max(-1.0, min(1.0, value))
-
-    before = sums.get("_exp_avg_before_l2")
-    delta = row["delta_l2"]
-    return {
-        "update_weight_cosine": cosine(row["update_dot_weight"], delta, row["weight_l2_before"]),
-        "update_gradient_cosine": cosine(
-            row.get("update_dot_negative_gradient"), delta, row.get("gradient_l2")
-        ),
-        "gradient_momentum_cosine": cosine(
-            row.get("gradient_dot_exp_avg_before"),
-            row.get("clipped_gradient_l2"),
-            None if before is None else math.sqrt(before),
-        ),
-        "update_momentum_cosine": cosine(sums.get("_update_dot_exp_avg"), delta, row.get("exp_avg_l2")),
-    }
+def _nonfinite(step: ParameterStep, row: Statistics) -> int:
+    if step.gradient is None or step.applied is None:
+        return 0
+    # A sum of squares is finite where every entry is, unless it overflowed: only then are they counted.
+    if math.isfinite(_number(row["gradient_l2"]) + _number(row["clipped_gradient_l2"])):
+        return 0
+    return int((~(step.gradient.isfinite() & step.applied.isfinite())).sum())
 
 
 def _number(value: object) -> float:
