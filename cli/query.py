@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
-from ..queries.registry import UnknownReport, load_report, report_names, report_summary
+from ..queries.registry import UnknownReport, has_report, load_report, report_names, report_summary
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -36,7 +36,7 @@ class ReportGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The named command, without click's own guess at an unknown one."""
-        if args and args[0] not in report_names():
+        if args and not has_report(args[0]):
             raise UnknownReport(f"no report {args[0]!r}; there are {', '.join(report_names())}")
         return super().resolve_command(ctx, args)
 

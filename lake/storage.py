@@ -11,11 +11,10 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
-import fsspec
 import google_crc32c
-from fsspec.implementations.local import LocalFileSystem
 
 from .errors import LakebedError, LakeNotFound, StorageFull, StorageRefused
 
@@ -30,11 +29,27 @@ class Storage:
         if not os.fspath(uri):
             raise LakeNotFound("an empty path names no lake: give a folder or a URI")
         self.uri = os.fspath(uri).rstrip("/") or "/"
+        self._options = options
+        # A plain path needs no fsspec, whose import takes longer than reading a small lake.
+        self.local = _is_path(self.uri) and not options
+        self.root = _absolute(self.uri) if self.local else self._file_system[1]
+        self.local = self.local or _is_local(self.fs)
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system."""
+        return self._file_system[0]
+
+    @cached_property
+    def _file_system(self) -> tuple[Any, str]:
+        """The file system and the lake's root in it."""
+        import fsspec
+
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.uri, **options)
+            fs, root = fsspec.core.url_to_fs(self.uri, **self._options)
         except (ImportError, ValueError) as error:
             raise LakeNotFound(f"cannot open {self.uri}: {error}") from error
-        self.local = isinstance(self.fs, LocalFileSystem)
+        return fs, str(root)
 
     def path(self, key: str) -> str:
         """The path of `key` as DuckDB, Polars and pyarrow take it."""
@@ -159,6 +174,23 @@ class Storage:
             self.fs.rm_file(f"{self.root}/{key}")
         except FileNotFoundError:
             return
+
+
+def _is_path(uri: str) -> bool:
+    """Whether it can be nothing but a path: no protocol, no chain of file systems. Elsewhere fsspec reads drive letters."""
+    return os.sep == "/" and ":" not in uri
+
+
+def _absolute(path: str) -> str:
+    """As fsspec reads a local path: `..` stays, since what is before it may be a link."""
+    inside = "" if path == "." else os.path.expanduser(path).removeprefix("./")
+    return os.path.join(os.getcwd(), inside).rstrip("/") or "/"
+
+
+def _is_local(fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)
 
 
 def _write_file(path: str, data: bytes) -> None:

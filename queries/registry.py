@@ -8,13 +8,14 @@ from __future__ import annotations
 import ast
 import importlib
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import LakebedError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from .report import Report
 
 GROUP = "lakebed.reports"
@@ -31,11 +32,18 @@ def report_names() -> tuple[str, ...]:
     return tuple(sorted({*_own(), *_others()}))
 
 
+def has_report(name: str) -> bool:
+    """Whether there is a report of that name; what other packages have installed is looked up only if it is not ours."""
+    return name in _own() or name in _others()
+
+
 def _own() -> dict[str, Path]:
     return {path.stem.replace("_", "-"): path.with_suffix(".py") for path in _FOLDER.glob("*.sql")}
 
 
 def _others() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points
+
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
