@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from typing import Any
@@ -23,6 +24,8 @@ COMMANDS = {
     "verify": "check every file against its receipt",
     "catalog": "write views for plain duckdb users and lengths for plain Zarr readers",
 }
+# Commands that are over in a second or so; see _collect_rarely.
+_SHORT = {"query", "show"}
 
 
 class LazyGroup(click.Group):
@@ -36,6 +39,8 @@ class LazyGroup(click.Group):
         """Imports the module of one command."""
         if name not in COMMANDS:
             return None
+        if name in _SHORT:
+            _collect_rarely()
         suffix = "_" if name == "import" else ""
         module = importlib.import_module(f".{name}{suffix}", __package__)
         command: click.Command = getattr(module, f"{name}{suffix}")
@@ -45,6 +50,14 @@ class LazyGroup(click.Group):
         """Lists the commands without importing any of them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _collect_rarely() -> None:
+    """Spares a short command the search for garbage: what it imports lives to the end, and was walked again and again.
+
+    Not for those that run long, whose garbage may hold tensors.
+    """
+    gc.set_threshold(100_000)
 
 
 @click.group(
