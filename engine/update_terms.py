@@ -104,20 +104,13 @@ def split_update(
     m = torch.zeros_like(theta) if exp_avg is None else exp_avg.to(dtype)
     v = torch.zeros_like(theta) if exp_avg_sq is None else exp_avg_sq.to(dtype)
 
-    current, historical, decayed = adam_terms(
-        theta,
-        clipped,
-        m,
-        v,
-        step=k,
-        rate=rate,
-        beta1=b1,
-        beta2=b2,
-        eps=wide(eps),
-        decay=decay,
-        decoupled=decoupled,
-    )
+    seen = clipped if decoupled else clipped + decay * theta
+    second_moment = b2 * v + (1 - b2) * (seen * seen)
+    denominator = second_moment.sqrt_().div_((1 - b2**k) ** 0.5).add_(wide(eps))
+    scale = (-rate / (1 - b1**k)) / denominator
+    current, historical = (scale * clipped).mul_(1 - b1), (scale * m).mul_(b1)
     preconditioned = current + historical
+    decayed = (-rate * decay) * theta if decoupled else (scale * theta).mul_((1 - b1) * decay)
     reconstructed = preconditioned + decayed
     return UpdateTerms(
         raw_sgd=-rate * raw,
@@ -129,42 +122,6 @@ def split_update(
         reconstructed=reconstructed,
         residual=None if actual is None else actual.to(dtype) - reconstructed,
     )
-
-
-def adam_terms(
-    theta: Tensor,
-    clipped: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *,
-    step: float | Tensor,
-    rate: float | Tensor,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
-    eps: float | Tensor,
-    decay: float | Tensor,
-    decoupled: bool,
-    out: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``adam_current_gradient``, ``adam_historical_momentum`` and ``weight_decay`` of `split_update`, which has the algebra.
-
-    All tensors are of one dtype and broadcast against Float[step, *parameter]; ``clipped`` has its sign already
-    (``maximize``). ``out`` are four tensors of that shape to work in, none of them an argument: the terms and the
-    denominator's place. With them nothing is allocated, which a caller beside a training needs.
-    """
-    current, historical, decayed, denominator = out or [torch.empty_like(theta) for _ in range(4)]
-    seen = clipped if decoupled else torch.add(clipped, torch.mul(theta, decay, out=decayed), out=decayed)
-    correction = 1 - beta2**step
-    torch.mul(seen, seen, out=denominator).mul_((1 - beta2) / correction)
-    denominator.add_(torch.mul(v, beta2 / correction, out=current)).sqrt_().add_(eps)
-    scale = torch.reciprocal(denominator, out=denominator).mul_(-rate / (1 - beta1**step))
-    torch.mul(scale, clipped, out=current).mul_(1 - beta1)
-    torch.mul(scale, m, out=historical).mul_(beta1)
-    if decoupled:
-        torch.mul(theta, -rate * decay, out=decayed)
-    else:
-        torch.mul(scale, theta, out=decayed).mul_((1 - beta1) * decay)
-    return current, historical, decayed
 
 
 def _per_step(value: Scalar, weight: Tensor, dtype: torch.dtype) -> float | Tensor:

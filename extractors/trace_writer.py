@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.optimizer import AdamGroup, AdamReplay, parameter_groups
 from ..engine.tap import CapturedStep, TrainingState
-from ..engine.update_statistics import ParameterStep, step_statistics
+from ..engine.update_statistics import ParameterStep, parameter_statistics
 from ..lake import Lake, Unit
 from ..lake.axis import publish
 from ..lake.datasets import CHECKPOINT
@@ -183,11 +183,13 @@ class TraceWriter:
         self, pending: PendingStep, before: TrainingState, after: TrainingState
     ) -> list[Mapping[str, Any]]:
         captured = pending.captured
-        steps = [_parameter_step(captured, name, before, after) for name in captured.group_of]
-        measured = step_statistics(steps)
         return [
-            {"step": pending.step, "parameter": name, **row}
-            for name, row in zip(captured.group_of, measured, strict=True)
+            {
+                "step": pending.step,
+                "parameter": name,
+                **parameter_statistics(_parameter_step(captured, name, before, after)),
+            }
+            for name in captured.group_of
         ]
 
     def _rows(
