@@ -5,6 +5,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from altair.utils.schemapi import validate_jsonschema
+from altair.vegalite.v6.schema.core import load_schema
 from lakebed.queries.chart import Heatmap, StackedBars, Trajectory
 from lakebed.queries.chart_data import (
     MAX_ROWS,
@@ -14,7 +16,9 @@ from lakebed.queries.chart_data import (
     thin_steps,
     trajectory_lines,
 )
+from lakebed.queries.drawing import specification
 from lakebed.queries.registry import load_report
+from lakebed.queries.results import Results
 from lakebed.queries.run import run_report
 
 CHART = Trajectory("t", "v", "Title", y="y", series="name")
@@ -98,6 +102,21 @@ def test_many_parts_and_rows_are_gathered():
     assert len(rows) == 40
     assert len(kept) <= MAX_ROWS
     assert notes == ["40 of 60 series, those with the largest sums", "every 3rd of 300 intervals is drawn"]
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_every_specification_keeps_to_the_schema(svd, trace, interactive):
+    """Drawing itself does not validate."""
+    for made, name in (
+        (svd, "weight-svd-trace"),
+        (svd, "weight-svd-patterns"),
+        (trace, "optimizer-update-trace"),
+    ):
+        report = load_report(name).parse({})
+        with Results(made.lake, report) as results:
+            for chart in report.charts:
+                spec = specification(chart, results.frame(chart.view), "about", interactive)
+                validate_jsonschema(json.loads(json.dumps(spec)), load_schema())
 
 
 def test_every_format_of_every_chart(svd, trace, tmp_path):
