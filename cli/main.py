@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -24,7 +25,7 @@ COMMANDS = {
     "verify": "check every file against its receipt",
     "catalog": "write views for plain duckdb users and lengths for plain Zarr readers",
 }
-# Commands that are over in a second or so; see _collect_rarely.
+# Commands that are over in a second or so; see _collect_rarely and _leave.
 _SHORT = {"query", "show"}
 
 
@@ -74,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a LakebedError becomes one line on stderr and exit status 1."""
     try:
         result: Any = cli(args=arguments, standalone_mode=False)
+        if arguments is None and not result and sys.argv[1:2] and sys.argv[1] in _SHORT:
+            _leave()
     except click.exceptions.Abort:
         _fail("interrupted: what was finished is kept; run the same command again to go on", 130)
     except click.ClickException as error:
@@ -84,6 +87,16 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(141)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _leave() -> NoReturn:
+    """Ends the process without taking it apart object by object, as mypy does: the system takes the memory back anyway.
+
+    By now files are closed, and so is the lake, with DuckDB's connection.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _fail(message: str, status: int) -> None:
