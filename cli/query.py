@@ -143,6 +143,8 @@ def read_report(report: type[Report], values: dict[str, Any]) -> Report:
 
 def _option(name: str, field: FieldInfo) -> click.Option:
     kind, repeated = _plain_type(field.annotation)
+    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("typed_as") == "text":
+        kind = str
     dashed = name.replace("_", "-")
     declared = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
     return click.Option(

@@ -11,7 +11,8 @@ from typing import Any
 class Need:
     """A dataset a report reads, with the parameters it must have been made with.
 
-    `steps` says which of the run's steps: "selected" (those of `--steps`), or "any" (whatever there is).
+    `steps` says which of the run's steps: "selected" (those of `--steps`), "any" (whatever there is), or, as `--steps`
+    takes it, some of the selected ones ("last").
     """
 
     dataset: str
@@ -28,6 +29,18 @@ RECORDED = (TRACE, CHECKPOINT, EVALUATION, RUN)
 
 SVD = "svd"
 WEIGHTS = "weights"
+
+# Made by `lakebed probe`; everything below it is made by forward passes over a probe, parameter {"probe": NAME, …}.
+PROBE = "probe"
+ACTIVATIONS = "activations"  # layout: roles or all
+ATTENTION = "attention"  # query_role
+READOUTS = "readouts"
+HEAD_WRITES = "head_writes"  # query_role
+COMPONENT_LOGITS = "component_logits"
+QK_COORDINATES = "qk_coordinates"  # head (L2H1), stage, layernorm_mode
+INTERVENTIONS = "interventions"  # operation: zero
+DEFAULT_PROBE = "probe"
+PAIR_TYPES = ("query_key", "support_value", "recency", "distractor")
 
 # The matrices of dataset svd, in report order. Products of two head projections have at most head-width ranks.
 SVD_MATRICES = ("W_QK", "W_OV", "W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")

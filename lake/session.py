@@ -91,8 +91,8 @@ class Session:
         self._lake.refresh()
         everything = {*TABLES, *VIEWS, *(quantity.view for quantity in QUANTITIES.values())}
         wanted = everything if names is None else set(names) & everything
-        if wanted & VIEWS.keys():
-            wanted |= {"extractions"}
+        for name in wanted & VIEWS.keys():
+            wanted |= set(re.findall(r"\w+", VIEWS[name][1])) & everything
         for name in sorted(wanted & TABLES.keys()):
             self._make_table(name)
         for quantity in QUANTITIES.values():

@@ -39,6 +39,17 @@ VECTOR_SCHEMA = pa.schema(
         "values": pa.large_list(pa.float32()),
     }
 )
+ACTIVATION_SCHEMA = pa.schema(
+    {
+        "run": pa.string(),
+        "step": pa.int64(),
+        "probe": pa.string(),
+        "layout": pa.string(),
+        "stage": pa.string(),
+        "row": pa.int64(),
+        "values": pa.large_list(pa.float32()),
+    }
+)
 _BYTES_AT_ONCE = 2 << 20
 _ROWS_AT_ONCE = 1 << 20
 # The vectors of U stand in rows of the stored array, like those of Vᵀ.
@@ -83,7 +94,26 @@ def tensor_scan(lake: Lake, quantity: str, view: str) -> Scan:
     """How to scan the table of one quantity."""
     if view == "singular_vectors":
         return Scan(VECTOR_SCHEMA, lambda: _vector_index(lake, quantity), _vector_rows(lake, quantity))
-    return Scan(PARAMETER_SCHEMA, lambda: _parameter_index(lake, quantity), _parameter_rows(lake, quantity))
+    if view == "activation_values":
+        return Scan(
+            ACTIVATION_SCHEMA,
+            lambda: _index(lake, quantity, activation_columns),
+            _row_rows(lake, quantity, ACTIVATION_SCHEMA, activation_columns),
+        )
+    return Scan(
+        PARAMETER_SCHEMA,
+        lambda: _index(lake, quantity, _parameter_columns),
+        _row_rows(lake, quantity, PARAMETER_SCHEMA, _parameter_columns),
+    )
+
+
+def _parameter_columns(name: str) -> dict[str, str]:
+    return {"parameter": name}
+
+
+def activation_columns(name: str) -> dict[str, str]:
+    """What the name PROBE/LAYOUT/STAGE of an array of activations says."""
+    return dict(zip(("probe", "layout", "stage"), (*name.rsplit("/", 2), "", "")[:3], strict=True))
 
 
 def _index(lake: Lake, quantity: str, columns: Callable[[str], Mapping[str, str]]) -> Index:
@@ -106,10 +136,6 @@ def _index(lake: Lake, quantity: str, columns: Callable[[str], Mapping[str, str]
     return Index([(run, name) for run, name, _ in entries], table)
 
 
-def _parameter_index(lake: Lake, quantity: str) -> Index:
-    return _index(lake, quantity, lambda name: {"parameter": name})
-
-
 def _vector_index(lake: Lake, quantity: str) -> Index:
     def columns(name: str) -> dict[str, str]:
         matrix, _, part = name.rpartition(".")
@@ -118,7 +144,11 @@ def _vector_index(lake: Lake, quantity: str) -> Index:
     return _index(lake, quantity, columns)
 
 
-def _parameter_rows(lake: Lake, quantity: str) -> Rows:
+def _row_rows(
+    lake: Lake, quantity: str, schema: pa.Schema, columns: Callable[[str], Mapping[str, str]]
+) -> Rows:
+    """Arrays of Float[row, column], or of one row: a SQL row is a row."""
+
     def rows(
         run: str, name: str, steps: np.ndarray[Any, Any], needed: Sequence[str]
     ) -> Iterator[pa.RecordBatch]:
@@ -126,8 +156,8 @@ def _parameter_rows(lake: Lake, quantity: str) -> Rows:
         per_step = int(np.prod(tensor.layout.row_shape[:-1])) if len(tensor.layout.row_shape) > 1 else 1
         row = np.arange(per_step, dtype=np.int64)
         for found, cells in _blocks(tensor, steps, "values" in needed, per_step):
-            texts = {"run": run, "parameter": name}
-            yield _batch(PARAMETER_SCHEMA, needed, texts, found, {"row": row}, per_step, cells)
+            texts = {"run": run, **columns(name)}
+            yield _batch(schema, needed, texts, found, {"row": row}, per_step, cells)
 
     return rows
 

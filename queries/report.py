@@ -121,6 +121,13 @@ class Report(BaseModel):
             for name, value in self.model_dump().items()
         }
 
+    def require(self, lake: Lake, run: str) -> None:
+        """Raises UnknownName or MissingData when an option names what the run does not have."""
+
+    def arrays(self, name: str, results: Results) -> Mapping[str, Any]:
+        """Columns of the `-- arrays:` section `name`: what SQL lacks, computed by `queries/arrays.py`."""
+        raise NotImplementedError(name)
+
     def check(self, results: Results) -> None:
         """Raises ReportFailed when the rows cannot carry the report."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from .sections import Section, SectionError, parse_sections
 
 if TYPE_CHECKING:
     import polars as pl
+    import pyarrow as pa
 
     from ..lake import Lake
     from .report import Report
@@ -29,6 +30,7 @@ class Results:
         self.lake = lake
         self.report = report
         self.run = resolve_run(lake, report)
+        report.require(lake, self.run)
         self.steps = resolve_steps(lake, report, self.run)
         self.sections = parse_sections(report.sql_text(), f"{report.file_stem()}.sql")
         self.parameters: dict[str, Any] = {
@@ -50,6 +52,9 @@ class Results:
             raise
 
     def _make(self, section: Section) -> None:
+        if section.kind == "arrays":
+            self._store(section.name, self.report.arrays(section.name, self))
+            return
         unknown = section.parameters() - self.parameters.keys()
         if unknown:
             raise SectionError(
@@ -61,6 +66,14 @@ class Results:
             {name: self.parameters[name] for name in section.parameters()},
         )
         self._made.append(section.name)
+
+    def _store(self, name: str, columns: Mapping[str, Any]) -> None:
+        import pyarrow as pa
+
+        self.lake.session.connection.register("arrays_in_hand", pa.table(dict(columns)))
+        self._execute(f"CREATE OR REPLACE TEMP TABLE {name} AS FROM arrays_in_hand", set(), {})
+        self.lake.session.connection.unregister("arrays_in_hand")
+        self._made.append(name)
 
     def _execute(self, sql: str, tables: set[str], parameters: Mapping[str, Any]) -> Any:
         return self.lake.session.execute(sql, dict(parameters), tables=tables)
@@ -80,6 +93,10 @@ class Results:
         """The first column of the first row, or None."""
         found = self.first(query, **parameters)
         return None if found is None else next(iter(found.values()))
+
+    def arrow(self, query: str, tables: Iterable[str] = (), **parameters: Any) -> pa.Table:
+        """A query over the report's sections, and over the lake's `tables` it names, as an Arrow table."""
+        return self._execute(query, set(tables), parameters).to_arrow_table()
 
     def frame(self, name: str) -> pl.DataFrame:
         """One section as a Polars frame."""

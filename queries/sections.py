@@ -2,6 +2,7 @@
 
     -- rows: metric_rows        a row set, written to the output folder
     -- view: top_heads          read by later sections, charts, tables and findings; not written out
+    -- arrays: projections      made by the report's `arrays` method from the sections before; has no SQL of its own
 
 A section is one SELECT (or WITH … SELECT). It may read the lake's tables, the parameters `$run`, `$steps`, `$lake` and
 those of the report's fields, and every section before it by name; sections are materialised in order.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-KINDS = ("rows", "view")
+KINDS = ("rows", "view", "arrays")
 _DIRECTIVE = re.compile(r"--\s*(\w+)\s*:(.*)")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _READS = re.compile(r"\b(?:FROM|JOIN)\s+([A-Za-z_]\w*)", re.IGNORECASE)
@@ -66,6 +67,12 @@ def parse_sections(text: str, source: str) -> list[Section]:
 def _section(kind: str, name: str, text: str, source: str) -> Section:
     sql = text.strip().removesuffix(";").rstrip()
     bare = _without_comments(sql).strip()
+    if kind == "arrays":
+        if bare:
+            raise SectionError(
+                f"{source}: section {name!r} is made by the report's arrays method; it has no SQL"
+            )
+        return Section(kind, name, "")
     if not bare:
         raise SectionError(f"{source}: section {name!r} is empty")
     if not re.match(r"(SELECT|WITH|FROM|UNPIVOT|PIVOT)\b", bare, re.IGNORECASE) or ";" in bare:

@@ -162,7 +162,7 @@ def test_tensors_are_tables(run_cli, lake_path) -> None:
         ("SELECT nope FROM training_steps", "lakebed: Binder Error"),
         (
             "SELECT * FROM nope",
-            "lakebed: Catalog Error: Table with name nope does not exist; the lake has evaluations",
+            "lakebed: Catalog Error: Table with name nope does not exist; the lake has activation_rows",
         ),
         ("SELECT 'x'::INTEGER", "lakebed: Conversion Error"),
         ("SELECT run::INTEGER FROM training_steps", "lakebed: Conversion Error"),

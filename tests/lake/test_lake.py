@@ -151,7 +151,7 @@ def test_an_empty_lake_answers_with_typed_empty_tables(lake: Lake) -> None:
 
 def test_what_is_unknown_is_answered_with_what_there_is(filled: Lake, lake: Lake) -> None:
     cases = {
-        r"no table 'nope'; there are evaluations, examples, extractions": lambda: filled.table("nope"),
+        r"no table 'nope'; there are activation_rows, attention_patterns": lambda: filled.table("nope"),
         r"no run 'third' in .*; it has other, ref": lambda: filled.tensor("gradients", "b", "third"),
         r"which run\? .* has other, ref": lambda: filled.tensor("gradients", "b"),
         r"run 'ref' holds no weights; it holds gradients": lambda: filled.tensor("weights", "b", "ref"),
@@ -163,7 +163,8 @@ def test_what_is_unknown_is_answered_with_what_there_is(filled: Lake, lake: Lake
         with pytest.raises(UnknownName, match=message):
             call()
     with pytest.raises(
-        QueryError, match=r"Table with name nope does not exist; the lake has evaluations, examples"
+        QueryError,
+        match=r"Table with name nope does not exist; the lake has activation_rows, activation_values",
     ):
         filled.sql("SELECT * FROM nope")
     with pytest.raises(MissingData, match=r"stores no gradients 'b' at step 99; stored are 0:31"):
@@ -228,7 +229,7 @@ def test_rows_that_do_not_fit_are_refused(table, data, message) -> None:
 
 
 def test_rows_of_an_unknown_table_are_refused() -> None:
-    with pytest.raises(UnknownName, match="no table 'nope'; there are evaluations"):
+    with pytest.raises(UnknownName, match="no table 'nope'; there are activation_rows"):
         conform("nope", [])
 
 
