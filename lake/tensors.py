@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from .lake import Lake
 
 _READERS = min(4, os.cpu_count() or 1)
+# Handing a thread a chunk costs as much as decoding 50 KB.
+_BYTES_AT_ONCE = 512 << 10
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,13 @@ class Tensor:
         chunks = rows[order] // self.layout.chunk_rows
         places = [self._whole_chunk(rows, order[start:stop]) for start, stop in _runs(chunks)]
         targets = [None if place is None else out[place] for place in places]
-        for at, ((start, stop), block) in enumerate(self._read_ahead(chunks, targets)):
-            if targets[at] is None:
+        parts = list(_runs(chunks))
+        jobs = [
+            partial(self.read_block, int(chunks[start]), target)
+            for (start, _), target in zip(parts, targets, strict=True)
+        ]
+        for (start, stop), target, block in zip(parts, targets, _ahead(jobs), strict=True):
+            if target is None:
                 selected = order[start:stop]
                 out[selected] = block[rows[selected] % self.layout.chunk_rows]
         return out
@@ -155,41 +165,36 @@ class Tensor:
     def blocks(
         self, keep: np.ndarray[Any, np.dtype[np.bool_]]
     ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """(steps, Float[step, *shape]) chunk by chunk for the steps where `keep` holds: Bool[step]."""
+        """(steps, Float[step, *shape]) for the steps where `keep` holds: Bool[step]; a chunk or some small ones at once."""
         steps, rows = self._axis.steps[keep], self._axis.rows[keep]
-        chunks = rows // self.layout.chunk_rows
-        for (start, stop), block in self._read_ahead(chunks):
-            inside = rows[start:stop] % self.layout.chunk_rows
+        count = self.layout.chunk_rows
+        parts = list(_runs(rows // count))
+        pieces = [parts[start:stop] for start, stop in self._pieces(len(parts))]
+        jobs = [partial(self._read_piece, [int(rows[start]) // count for start, _ in of]) for of in pieces]
+        for of, block in zip(pieces, _ahead(jobs), strict=True):
+            within = [rows[start:stop] % count + at * count for at, (start, stop) in enumerate(of)]
+            inside = np.concatenate(within)
             whole = len(inside) == len(block) and bool((inside == np.arange(len(block))).all())
-            yield steps[start:stop], block if whole else block[inside]
+            yield steps[of[0][0] : of[-1][1]], block if whole else block[inside]
 
-    def _read_ahead(
-        self, chunks: np.ndarray[Any, Any], targets: Sequence[np.ndarray[Any, Any] | None] | None = None
-    ) -> Iterator[tuple[tuple[int, int], np.ndarray[Any, Any]]]:
-        """Start and stop of each run of equal `chunks`, with that chunk: a few are read ahead, by threads.
+    def _pieces(self, count: int) -> Iterator[tuple[int, int]]:
+        """Start and stop of the chunks that are read at once, of `count`; the first alone, as `_ahead` promises."""
+        layout = self.layout
+        size = layout.chunk_rows * math.prod(layout.row_shape) * layout.dtype.itemsize
+        # Only a chunk of whole rows can be decoded into its place among others.
+        at_once = max(1, _BYTES_AT_ONCE // size) if size and layout.chunk_cells == layout.row_shape else 1
+        yield from ((0, 1),) if count else ()
+        yield from ((start, min(start + at_once, count)) for start in range(1, count, at_once))
 
-        `targets` names for each of these runs an array to decode into, or None.
-
-        The first is read alone, so that a reader who stops after it has cost one chunk.
-        """
-        parts = list(_runs(chunks))
-        places = targets or [None] * len(parts)
-        wanted = [(int(chunks[start]), place) for (start, _), place in zip(parts, places, strict=True)]
-        for part, first in zip(parts[:1], wanted[:1], strict=True):
-            yield part, self.read_block(*first)
-        if len(parts) < 2:
-            return
-        # A pool of its own: a shared one would not survive a fork.
-        pool = ThreadPoolExecutor(_READERS)
-        try:
-            waiting = deque(pool.submit(self.read_block, *chunk) for chunk in wanted[1 : 1 + 2 * _READERS])
-            for at, part in enumerate(parts[1:], 1 + 2 * _READERS):
-                block = waiting.popleft().result()
-                if at < len(wanted):
-                    waiting.append(pool.submit(self.read_block, *wanted[at]))
-                yield part, block
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def _read_piece(self, row_chunks: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Float[rows, *shape]: these chunks of rows, one after the other."""
+        if len(row_chunks) == 1:
+            return self.read_block(row_chunks[0])
+        count = self.layout.chunk_rows
+        out = np.empty((len(row_chunks) * count, *self.layout.row_shape), self.layout.dtype)
+        for at, row_chunk in enumerate(row_chunks):
+            self.read_block(row_chunk, out[at * count : (at + 1) * count])
+        return out
 
     def read_block(self, row_chunk: int, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         """Float[chunk_rows, *shape]: one chunk of rows, every cell chunk of it put together.
@@ -259,6 +264,27 @@ def missing_steps_message(
         f"run {run!r} stores no {quantity} {name!r} at step {summarize_steps(absent)}; "
         f"stored are {summarize_steps(stored)}{remedy}"
     )
+
+
+def _ahead(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
+    """What each job returns, in order: a few are done ahead, by threads.
+
+    The first is done alone, so that a reader who stops after it has cost one.
+    """
+    yield from (job() for job in jobs[:1])
+    if len(jobs) < 2:
+        return
+    # A pool of its own: a shared one would not survive a fork.
+    pool = ThreadPoolExecutor(_READERS)
+    try:
+        waiting = deque(pool.submit(job) for job in jobs[1 : 1 + 2 * _READERS])
+        for at in range(1 + 2 * _READERS, len(jobs) + 2 * _READERS):
+            done = waiting.popleft().result()
+            if at < len(jobs):
+                waiting.append(pool.submit(jobs[at]))
+            yield done
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _runs(values: np.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
