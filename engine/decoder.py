@@ -7,28 +7,15 @@ Source: symbolic-KV definitions, B.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Interventions:
-    """What to change inside one forward pass. A mask multiplies, so 1 keeps and 0 removes."""
-
-    head_mask: Tensor | None = None
-    """`Float[layer, head]`, on a head's output before the output projection."""
-    mlp_mask: Tensor | None = None
-    """`Float[layer]`, on the output of a layer's MLP."""
-    neuron_mask: Tensor | None = None
-    """`Float[layer, neuron]`, on the activations after the GELU."""
-    residual_patches: Mapping[str, Tensor] = field(default_factory=dict)
-    """Stage name to the `Float[batch, position, d_model]` that takes the stage's place."""
+from .forward import NO_INTERVENTIONS, Interventions, residual_stages
 
 
 @dataclass(frozen=True)
@@ -41,15 +28,6 @@ class DecoderOutput:
     """Stage name to `Float[batch, position, d_model]`, after any patch; empty unless asked for."""
     attention: Tensor | None
     """Probabilities `Float[layer, batch, head, query, key]`, or None unless asked for."""
-
-
-NO_INTERVENTIONS = Interventions()
-
-
-def residual_stages(n_layers: int) -> tuple[str, ...]:
-    """Names of the residual stages, in forward order."""
-    layers = [f"layer_{layer}_post_{part}" for layer in range(n_layers) for part in ("attn", "mlp")]
-    return ("embedding", *layers, "final_norm")
 
 
 class CausalSelfAttention(nn.Module):

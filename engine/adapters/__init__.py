@@ -14,6 +14,8 @@ from ... import LakebedError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..forward import Model
+
 _BUILT_IN = {"symbolic_kv": "lakebed.engine.adapters.symbolic_kv"}
 
 
@@ -94,6 +96,15 @@ class Adapter(Protocol):
         W_Q, W_K, W_V: Float[layer, head, d_head, d_model]; W_O: Float[layer, head, d_model, d_head];
         W_in: Float[layer, d_ff, d_model]; W_out: Float[layer, d_model, d_ff].
         """
+        ...
+
+    def load_model(self, weights: Mapping[str, Tensor], device: str = "cpu") -> Model:
+        """A model with one step's weights (by state-dict name; a tied tensor once), in eval mode. Raises LakebedError for
+        weights of another shape, naming the first that differs."""
+        ...
+
+    def stages(self) -> tuple[str, ...]:
+        """Residual stages, in forward order; see `engine.forward.residual_stages`."""
         ...
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from lakebed.engine.config import load_config
-from lakebed.engine.decoder import Interventions, SymbolicKVDecoder, residual_stages
+from lakebed.engine.decoder import SymbolicKVDecoder
+from lakebed.engine.forward import Interventions, residual_stages
 from lakebed.engine.training import TrainingLoop
 from torch import nn
 

@@ -1,0 +1,102 @@
+"""What a model family offers to whoever measures a forward pass: one Protocol, whatever the architecture.
+
+Axes: `batch`, `position`, `layer`, `head`, `d_model`, `d_head`, `vocabulary`. A grouped-query model repeats its
+key and value heads, so that every head has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """What to change inside one forward pass. A mask multiplies, so 1 keeps and 0 removes."""
+
+    head_mask: Tensor | None = None
+    """`Float[layer, head]`, on a head's output before the output projection."""
+    mlp_mask: Tensor | None = None
+    """`Float[layer]`, on the output of a layer's MLP."""
+    neuron_mask: Tensor | None = None
+    """`Float[layer, neuron]`, on the activations after the nonlinearity."""
+    residual_patches: Mapping[str, Tensor] = field(default_factory=dict)
+    """Stage name to the `Float[batch, position, d_model]` that takes the stage's place."""
+
+
+NO_INTERVENTIONS = Interventions()
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Logits, and what was asked for on the way; what was not asked for is empty."""
+
+    logits: Tensor
+    """`Float[batch, position, vocabulary]`."""
+    stages: dict[str, Tensor]
+    """Stage name to `Float[batch, position, d_model]`, after any patch."""
+    queries: list[Tensor]
+    """Per layer `Float[batch, head, position, d_head]`, biases and any rotation in, not yet scaled."""
+    keys: list[Tensor]
+    """As `queries`: q·k/√d_head is the score before the causal mask and the softmax."""
+    values: list[Tensor]
+    """As `queries`, bias in."""
+
+
+class Model(Protocol):
+    """A model with the weights of one step, in eval mode. Everything is float32 and deterministic."""
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    max_positions: int
+    vocabulary_size: int
+    layer_norm_eps: float
+    stages: tuple[str, ...]
+    """embedding, layer_0_post_attn, layer_0_post_mlp, …, final_norm."""
+    head_weights: Mapping[str, Tensor]
+    """W_Q, W_K, W_V: Float[layer, head, d_head, d_model]; b_Q, b_K, b_V: Float[layer, head, d_head]; W_O: Float[layer, head,
+    d_model, d_head]; b_O: Float[layer, d_model]; as y = W x + b."""
+    unembedding: Tensor
+    """`Float[vocabulary, d_model]`: logits = unembedding · final_norm(x), without bias."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        capture: Collection[str] = (),
+        interventions: Interventions = NO_INTERVENTIONS,
+    ) -> ForwardPass:
+        """One pass over `Int[batch, position]` right-padded tokens; `mask` is `Bool[batch, position]`, None without padding.
+
+        `capture` holds "stages" and "attention" (queries, keys and values). Gradients flow if the caller enables them.
+        """
+        ...
+
+    def attention_norm(self, layer: int, x: Tensor) -> Tensor:
+        """The LayerNorm through which the heads of a layer read `Float[…, d_model]`."""
+        ...
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The LayerNorm before the unembedding, on `Float[…, d_model]`."""
+        ...
+
+    def final_norm_parameters(self) -> tuple[Tensor, Tensor]:
+        """Gain and bias of that LayerNorm: Float[d_model] each."""
+        ...
+
+
+def residual_stages(n_layers: int) -> tuple[str, ...]:
+    """Names of the residual stages, in forward order."""
+    layers = [f"layer_{layer}_post_{part}" for layer in range(n_layers) for part in ("attn", "mlp")]
+    return ("embedding", *layers, "final_norm")
+
+
+def input_stage(layer: int) -> str:
+    """The stage that the attention of a layer reads."""
+    return "embedding" if layer == 0 else f"layer_{layer - 1}_post_mlp"
