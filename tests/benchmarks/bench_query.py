@@ -18,9 +18,7 @@ from lakebed.lake import Lake, Unit
 
 STEPS = (250, 500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 4500, 5000, 5250, 5500)
 LAYERS, HEADS, D_MODEL, D_FF = 3, 4, 128, 512
-_IMPORTS = (
-    "import duckdb, pydantic, click; from lakebed.lake import Lake; import lakebed.lake.sources"
-)
+_IMPORTS = "import duckdb, pydantic, click; from lakebed.lake import Lake; import lakebed.lake.sources"
 _QUERY = "import sys; sys.argv.insert(1, 'query'); from lakebed.cli import main; main()"
 
 
