@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import functional
+
+from .. import LakebedError
+
+
+class InvalidForward(LakebedError, ValueError):
+    """Tokens, a mask or an intervention that the model cannot take; the message names what it can."""
+
+
+class WeightMismatch(LakebedError, ValueError):
+    """Weights that are not those of the configured model; the message names the first that differs."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +44,12 @@ NO_INTERVENTIONS = Interventions()
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Logits, and what was asked for on the way; what was not asked for is empty."""
+    """What came out, and what was asked for on the way; what was not asked for is empty."""
 
-    logits: Tensor
-    """`Float[batch, position, vocabulary]`."""
+    final: Tensor
+    """Stage final_norm, `Float[batch, position, d_model]`."""
+    unembedding: Tensor
+    """`Float[vocabulary, d_model]`."""
     stages: dict[str, Tensor]
     """Stage name to `Float[batch, position, d_model]`, after any patch."""
     queries: list[Tensor]
@@ -44,6 +58,16 @@ class ForwardPass:
     """As `queries`: q·k/√d_head is the score before the causal mask and the softmax."""
     values: list[Tensor]
     """As `queries`, bias in."""
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The model's own, `Float[batch, position, vocabulary]`, computed when first read: over a large vocabulary they
+        outweigh everything else, and most callers want a few positions only (`logits_at`)."""
+        return functional.linear(self.final, self.unembedding)
+
+    def logits_at(self, batch: Tensor, position: Tensor) -> Tensor:
+        """Logits of some positions, `Float[n, vocabulary]`, from `Int[n]` rows of the batch and `Int[n]` positions."""
+        return functional.linear(self.final[batch, position], self.unembedding)
 
 
 class Model(Protocol):
@@ -74,7 +98,10 @@ class Model(Protocol):
     ) -> ForwardPass:
         """One pass over `Int[batch, position]` right-padded tokens; `mask` is `Bool[batch, position]`, None without padding.
 
-        `capture` holds "stages" and "attention" (queries, keys and values). Gradients flow if the caller enables them.
+        `capture` holds "stages" and "attention" (queries, keys and values); without it nothing before the last patched
+        stage is computed. What stands at padded positions is arbitrary, and finite. Gradients flow if the caller enables
+        them. Raises InvalidForward for a stream that is too long, a token out of range, padding elsewhere than on the
+        right, and an intervention of an unknown stage or a wrong shape.
         """
         ...
 

@@ -62,7 +62,7 @@ def describe_run(info: RunInfo, optimizer: torch.optim.Optimizer, store: str, an
 
 
 def register_run(lake: Lake, run: str, info: RunInfo, parameters: list[dict[str, Any]]) -> None:
-    """Writes tables runs, parameters, slices and examples, unless the run stands; InputMismatch if it differs."""
+    """Writes tables runs, parameters, slices, stages and examples, unless the run stands; InputMismatch if it differs."""
     unit = Unit(RUN, run, "run", inputs=info.identity())
     if lake.find_receipt(unit) is not None:
         return
@@ -73,8 +73,18 @@ def register_run(lake: Lake, run: str, info: RunInfo, parameters: list[dict[str,
         if adapter is not None:
             shapes = {row["parameter"]: tuple(row["shape"]) for row in parameters}
             writer.rows("slices", [asdict(part) for part in adapter.slices(shapes)])
+            writer.rows("stages", _stage_rows(adapter.stages()))
         if info.examples:
             writer.rows("examples", list(info.examples))
+
+
+def _stage_rows(stages: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of table stages; the layer that writes layer_3_post_attn is 3, embedding and final_norm have none."""
+    layers = [stage.split("_")[1] if stage.startswith("layer_") else None for stage in stages]
+    return [
+        {"stage": stage, "position": position, "layer": None if layer is None else int(layer)}
+        for position, (stage, layer) in enumerate(zip(stages, layers, strict=True))
+    ]
 
 
 def _run_row(info: RunInfo) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol
@@ -106,6 +106,26 @@ class Adapter(Protocol):
     def stages(self) -> tuple[str, ...]:
         """Residual stages, in forward order; see `engine.forward.residual_stages`."""
         ...
+
+
+def check_weights(
+    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], aliases: Collection[str] = ()
+) -> None:
+    """Raises WeightMismatch, naming the first that differs, unless the weights are those of the model with `shapes`.
+
+    `aliases` are other names of tied tensors, which may be there or not.
+    """
+    from ..forward import WeightMismatch
+
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise WeightMismatch(f"{name} is missing, the config's model has {shape}")
+        if tuple(weights[name].shape) != shape:
+            found = tuple(weights[name].shape)
+            raise WeightMismatch(f"{name} has shape {found}, the config's model has {shape}")
+    extra = sorted(weights.keys() - shapes.keys() - set(aliases))
+    if extra:
+        raise WeightMismatch(f"{extra[0]!r} is no parameter of the config's model")
 
 
 def load_adapter(name: str, config_json: str) -> Adapter:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
+from ..forward import Model, residual_stages
 from ..svd import split_heads, split_output_heads
 from . import ParameterDescription, ParameterSlice
 
@@ -141,6 +142,16 @@ class SymbolicKVAdapter:
             "W_in": layers("ff.fc_in"),
             "W_out": layers("ff.fc_out"),
         }
+
+    def stages(self) -> tuple[str, ...]:
+        """Residual stages, in forward order."""
+        return residual_stages(self.config.model.n_layers)
+
+    def load_model(self, weights: Mapping[str, Tensor], device: str = "cpu") -> Model:
+        """A model with one step's weights; see `Adapter.load_model`. Raises WeightMismatch."""
+        from .symbolic_kv_model import load_model
+
+        return load_model(self.config, weights, device)
 
 
 def from_config(config_json: str) -> Any:
