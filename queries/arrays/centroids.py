@@ -1,0 +1,103 @@
+"""Classification of vectors by the cosine with each token's mean vector (definitions 4 §A, §B)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..report import ReportFailed
+from .groups import Groups, group_means
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Cosines closer than this are equal: a tie, not rounding.
+TIE = 1e-12
+
+
+@dataclass(frozen=True)
+class CosineCentroids:
+    """Per vector, Float64[n] unless said: `scored` Bool[n]; where it is False the rest is -1 or NaN.
+
+    `prediction` Int64[n] is the token id of the largest cosine (tie: smallest id), `true_cosine` that with its own token,
+    `best_wrong_cosine` the largest of the others, `margin` their difference, `correct` Bool[n].
+    """
+
+    scored: NDArray[np.bool_]
+    prediction: NDArray[np.int64]
+    true_cosine: NDArray[np.float64]
+    best_wrong_cosine: NDArray[np.float64]
+    margin: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+
+
+def leave_one_out_cosines(vectors: NDArray[np.float64], groups: Groups, what: str) -> CosineCentroids:
+    """Each vector of Float64[n, d] against the token means, itself left out of its own token's.
+
+    A token's only vector is not scored, but its mean is a candidate for the others. Raises ReportFailed for fewer than two
+    tokens, or a zero vector or mean; `what` names the vectors.
+    """
+    if len(groups) < 2:
+        raise ReportFailed(f"centroids of {what} need at least two tokens, there are {len(groups)}")
+    units = _unit(vectors, f"vector of {what}")
+    means = group_means(vectors, groups)
+    cosines = units @ _unit(means, f"token mean of {what}").T
+    counts = groups.counts[groups.labels]
+    scored = counts > 1
+    # The sum of the others points where their mean does.
+    others = counts[:, None] * means[groups.labels] - vectors
+    rest = _unit(others[scored], f"token mean of {what}, one vector left out,")
+    cosines[scored, groups.labels[scored]] = (units[scored] * rest).sum(1)
+    return _classify(cosines, groups.labels, groups.tokens, scored)
+
+
+def cosine_to_centroids(
+    vectors: NDArray[np.float64],
+    token_ids: NDArray[np.int64],
+    centroid_tokens: NDArray[np.int64],
+    centroids: NDArray[np.float64],
+    what: str,
+) -> CosineCentroids:
+    """Each vector of Float64[n, d] against centroids Float64[g, d] made from other vectors, `centroid_tokens` ascending.
+
+    A vector whose token has no centroid is not scored. Raises ReportFailed as `leave_one_out_cosines` does.
+    """
+    if len(centroid_tokens) < 2:
+        raise ReportFailed(f"centroids of {what} need at least two tokens, there are {len(centroid_tokens)}")
+    cosines = _unit(vectors, f"vector of {what}") @ _unit(centroids, f"centroid of {what}").T
+    labels = np.minimum(np.searchsorted(centroid_tokens, token_ids), len(centroid_tokens) - 1)
+    return _classify(cosines, labels, centroid_tokens, centroid_tokens[labels] == token_ids)
+
+
+def _classify(
+    cosines: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    scored: NDArray[np.bool_],
+) -> CosineCentroids:
+    """From cosines Float64[n, g] and the own group of each row."""
+    rows = np.arange(len(cosines))
+    true = cosines[rows, labels]
+    # Tokens ascend, so the first within rounding of the largest has the smallest id.
+    prediction = tokens[(cosines >= cosines.max(1, keepdims=True) - TIE).argmax(1)]
+    others = cosines.copy()
+    others[rows, labels] = -np.inf
+    wrong = others.max(1)
+    return CosineCentroids(
+        scored=scored,
+        prediction=np.where(scored, prediction, -1),
+        true_cosine=np.where(scored, true, np.nan),
+        best_wrong_cosine=np.where(scored, wrong, np.nan),
+        margin=np.where(scored, true - wrong, np.nan),
+        correct=scored & (prediction == tokens[labels]),
+    )
+
+
+def _unit(vectors: NDArray[np.float64], what: str) -> NDArray[np.float64]:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if (lengths == 0).any():
+        raise ReportFailed(f"a {what} is the zero vector, which has no direction")
+    scaled: NDArray[np.float64] = vectors / lengths
+    return scaled
