@@ -18,10 +18,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Trajectory(Chart):
-    """Lines over training steps, one per `series`; the `highlight` series that moved most are coloured and labelled.
+    """Lines over training steps, one per `series`; the first `highlight` series by `rank_by` are coloured and labelled.
 
-    `panel` names a column whose values become panels above each other, each with its own y axis titled by
-    `panel_titles`. `marks` names a column of steps at which a vertical rule is drawn.
+    `rank_by` is "change" from first step to last, "range", "last" (the last value) or "last_abs" (its size). `highlight`
+    may name an option of the report that holds the number. `panel` names a column whose values become panels above each
+    other, each with its own y axis titled by `panel_titles`. `marks` names a column of steps at which a vertical rule is
+    drawn.
     """
 
     y: str = "value"
@@ -29,7 +31,7 @@ class Trajectory(Chart):
     series: str | None = None
     x: str = "step"
     x_title: str = "training step"
-    highlight: int = 8
+    highlight: int | str = 8
     log_y: bool = False
     panel: str | None = None
     panel_titles: Mapping[str, str] = field(default_factory=dict)
@@ -64,3 +66,41 @@ class Heatmap(Chart):
     x_title: str = "training step"
     domain: tuple[float, float] | None = None
     rows: int = 40
+
+
+@dataclass(frozen=True)
+class Scatter(Chart):
+    """A point per row, coloured by `color`; the `highlight` points farthest from the centre are labelled by `label`.
+
+    `panel` names a column whose values become panels, two beside each other, each with its own axes, titled by
+    `panel_titles` (x title, y title). `diagonal` draws the line y = x, and `zero` the lines x = 0 and y = 0.
+    """
+
+    x: str = "x"
+    y: str = "y"
+    x_title: str = ""
+    y_title: str = ""
+    label: str | None = None
+    color: str | None = None
+    color_title: str = ""
+    highlight: int = 10
+    panel: str | None = None
+    panel_titles: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    diagonal: bool = False
+    zero: bool = True
+
+
+@dataclass(frozen=True)
+class Grid(Chart):
+    """A cell per pair of names, `row` down and `column` across, both in the order of the section; no step axis.
+
+    The first `rows` names of `row` are drawn. `domain` fixes the colour scale; `digits` decimals stand in the cells.
+    """
+
+    value: str = "value"
+    value_title: str = ""
+    row: str = "row"
+    column: str = "column"
+    domain: tuple[float, float] | None = None
+    digits: int = 2
+    rows: int = 48

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from .chart import Heatmap, StackedBars, Trajectory
+from .chart import Grid, Heatmap, Scatter, StackedBars, Trajectory
 
 MAX_ROWS = 5000
 HIGHLIGHTED = "all others"
 _LABEL_PIXELS = 13
+_WHY = {
+    "change": "they changed most",
+    "range": "their range is widest",
+    "last": "they end highest",
+    "last_abs": "they end farthest from zero",
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,9 @@ def trajectory_lines(chart: Trajectory, frame: pl.DataFrame, height: int) -> Lin
     log_y = chart.log_y
     thinned, notes = thin_steps(finite, chart.x)
     ranked = _ranked(finite, chart)
-    names = ranked[: chart.highlight]
+    names = ranked[: int(chart.highlight)]
     if len(ranked) > len(names):
-        moved = "their range is widest" if chart.rank_by == "range" else "they changed most"
-        notes = [f"{len(names)} of {len(ranked)} series in colour, because {moved}", *notes]
+        notes = [f"{len(names)} of {len(ranked)} series in colour, because {_WHY[chart.rank_by]}", *notes]
     low, high = _limits(finite, log_y)
     y_domain = list(chart.y_domain) if chart.y_domain else _padded(low, high, log_y)
     steps = thinned[chart.x].unique().sort().to_list()
@@ -64,9 +69,14 @@ def trajectory_lines(chart: Trajectory, frame: pl.DataFrame, height: int) -> Lin
 def _ranked(data: pl.DataFrame, chart: Trajectory) -> list[str]:
     ordered = data.sort(chart.x)
     value = pl.col("value")
-    moved = value.max() - value.min() if chart.rank_by == "range" else (value.last() - value.first()).abs()
-    ranked = ordered.group_by("series", maintain_order=True).agg(moved=moved)
-    return ranked.sort(["moved", "series"], descending=[True, False])["series"].to_list()
+    measure = {
+        "change": (value.last() - value.first()).abs(),
+        "range": value.max() - value.min(),
+        "last": value.last(),
+        "last_abs": value.last().abs(),
+    }[chart.rank_by]
+    ranked = ordered.group_by("series", maintain_order=True).agg(measure=measure)
+    return ranked.sort(["measure", "series"], descending=[True, False])["series"].to_list()
 
 
 def _limits(data: pl.DataFrame, log_y: bool) -> tuple[float, float]:
@@ -180,3 +190,63 @@ def thin_cells(chart: Heatmap, frame: pl.DataFrame) -> tuple[pl.DataFrame, list[
         data = data.filter(pl.col(chart.start).is_in(kept_starts.implode()))
         notes = [*notes, f"every {_ordinal(stride)} of {len(intervals):,} intervals is drawn"]
     return data, names, notes
+
+
+@dataclass(frozen=True)
+class Points:
+    """A scatter panel: points (columns x, y, label, color), the rows of them that carry a label, domains, notes."""
+
+    points: pl.DataFrame
+    labels: pl.DataFrame
+    x_domain: list[float]
+    y_domain: list[float]
+    notes: list[str]
+
+
+def scatter_points(chart: Scatter, frame: pl.DataFrame) -> Points:
+    """Points with finite coordinates; labelled are those farthest from the mean, in units of the spread of each axis."""
+    none = pl.lit(None, pl.String)
+    data = frame.select(
+        pl.col(chart.x).cast(pl.Float64).alias("x"),
+        pl.col(chart.y).cast(pl.Float64).alias("y"),
+        (none if chart.label is None else pl.col(chart.label).cast(pl.String)).alias("label"),
+        (none if chart.color is None else pl.col(chart.color).cast(pl.String)).alias("color"),
+    ).filter(pl.col("x").is_finite(), pl.col("y").is_finite())
+    x, y = pl.col("x"), pl.col("y")
+    distance = sum(((of - of.mean()) / (of.max() - of.min())).fill_nan(0).fill_null(0) ** 2 for of in (x, y))
+    ranked = data.with_columns(distance=distance).sort("distance", descending=True, maintain_order=True)
+    notes = []
+    if len(data) > MAX_ROWS:
+        ranked = pl.concat(
+            [ranked.head(MAX_ROWS // 2), ranked[MAX_ROWS // 2 :].sample(MAX_ROWS // 2, seed=0)]
+        )
+        notes = [f"{len(ranked):,} of {len(data):,} points, the outer ones and some of the rest"]
+    labels = ranked.head(chart.highlight if chart.label else 0)
+    if chart.label and len(labels) < len(ranked):
+        notes = [f"the {len(labels)} outermost of {len(ranked):,} points are named", *notes]
+    domains = [_span_with_room(ranked[name], chart.zero) for name in ("x", "y")]
+    if chart.diagonal:
+        domains = [[min(low for low, _ in domains), max(high for _, high in domains)]] * 2
+    return Points(ranked.drop("distance"), labels.drop("distance"), domains[0], domains[1], notes)
+
+
+def _span_with_room(values: pl.Series, zero: bool) -> list[float]:
+    found = [float(value) for value in (values.min(), values.max()) if isinstance(value, int | float)]
+    ends = [*found, 0.0] if zero or not found else found
+    low, high = min(ends), max(ends)
+    room = 0.07 * (high - low) or 0.5 * abs(high) or 1.0
+    return [low - room, high + room]
+
+
+def grid_cells(chart: Grid, frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str], list[str], list[str]]:
+    """Cells (columns row, column, value), names down, names across, notes."""
+    data = frame.select(
+        pl.col(chart.row).alias("row"),
+        pl.col(chart.column).alias("column"),
+        pl.col(chart.value).cast(pl.Float64).alias("value"),
+    )
+    rows: list[str] = data["row"].unique(maintain_order=True).to_list()
+    columns: list[str] = data["column"].unique(maintain_order=True).to_list()
+    notes = [f"the first {chart.rows} of {len(rows)} rows"] if len(rows) > chart.rows else []
+    rows = rows[: chart.rows]
+    return data.filter(pl.col("row").is_in(rows)), rows, columns, notes

@@ -1,6 +1,6 @@
 """Drawing: a chart as a report declares it, its section's rows, and files in the formats asked for.
 
-Only this module and `theme` import Altair, and only when a chart is asked for.
+Only this module, `drawing_points`, `marks` and `theme` import Altair, and only when a chart is asked for.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import polars as pl
-import polars.selectors as cs
 import vl_convert
 from altair.utils.schemapi import debug_mode
 
 from ..lake.steps import summarize_steps
 from . import theme
-from .chart import Chart, Heatmap, StackedBars, Trajectory
+from .chart import Chart, Grid, Heatmap, Scatter, StackedBars, Trajectory
 from .chart_data import HIGHLIGHTED, Lines, stacked, thin_cells, trajectory_lines
+from .drawing_points import grid, scatter
+from .marks import Note, inline_rows, steps_axis
 
 if TYPE_CHECKING:
     from .results import Results
-
-Note = list[str]
 
 
 def draw(chart: Chart, results: Results, folder: Path, formats: Sequence[str]) -> dict[str, str]:
@@ -34,6 +33,8 @@ def draw(chart: Chart, results: Results, folder: Path, formats: Sequence[str]) -
     frame = results.frame(chart.view)
     if frame.is_empty():
         return {}
+    if isinstance(chart, Trajectory) and isinstance(chart.highlight, str):
+        chart = replace(chart, highlight=getattr(results.report, chart.highlight))
     stem = f"{results.report.file_stem()}_{chart.name}"
     specs: dict[bool, str] = {}
     written: dict[str, str] = {}
@@ -106,7 +107,7 @@ def _trajectory(chart: Trajectory, frame: pl.DataFrame, interactive: bool) -> tu
 
 
 def _panel(chart: Trajectory, lines: Lines, y_title: str, log_y: bool, interactive: bool, height: int) -> Any:
-    x = _steps_axis(chart.x, chart.x_title, lines.x_domain)
+    x = steps_axis(chart.x, chart.x_title, lines.x_domain)
     scale = alt.Scale(type="log" if log_y else "linear", domain=lines.y_domain, nice=False, zero=False)
     y = alt.Y("value:Q", title=y_title, scale=scale, axis=alt.Axis(tickCount=6))
     base = alt.Chart().properties(width=theme.WIDTH, height=height)
@@ -114,7 +115,7 @@ def _panel(chart: Trajectory, lines: Lines, y_title: str, log_y: bool, interacti
     layers: list[alt.Chart] = []
     if not lines.other.is_empty():
         layers.append(
-            base.properties(data=_values(lines.other))
+            base.properties(data=inline_rows(lines.other))
             .mark_line(color=theme.GREY, strokeWidth=1, opacity=0.55)
             .encode(x=x, y=y, detail=detail, tooltip=_tips(chart.x, "value", chart.y_title or chart.y))
         )
@@ -125,7 +126,7 @@ def _panel(chart: Trajectory, lines: Lines, y_title: str, log_y: bool, interacti
         scale=alt.Scale(domain=lines.names, range=theme.colours(len(lines.names))),
         legend=alt.Legend(symbolLimit=0, orient="right") if interactive and len(lines.names) > 1 else None,
     )
-    top = base.properties(data=_values(lines.top)).mark_line(
+    top = base.properties(data=inline_rows(lines.top)).mark_line(
         strokeWidth=2 if len(lines.steps) <= 400 else 1,
         point=alt.OverlayMarkDef(size=18) if points else False,
     )
@@ -144,7 +145,7 @@ def _panel(chart: Trajectory, lines: Lines, y_title: str, log_y: bool, interacti
     layers.append(top)
     if not interactive and len(lines.names) > 1:
         layers.append(
-            base.properties(data=_values(lines.labels))
+            base.properties(data=inline_rows(lines.labels))
             .mark_text(align="left", dx=7, fontSize=11, baseline="middle")
             .encode(x=x, y=alt.Y("label_at:Q", scale=scale), text="series:N", color=colour)
         )
@@ -161,16 +162,6 @@ def _tips(x: str, value: str, title: str) -> list[alt.Tooltip]:
         alt.Tooltip(f"{x}:Q", title="step", format="~d"),
         alt.Tooltip(f"{value}:Q", title=title, format=".4~g"),
     ]
-
-
-def _steps_axis(field: str, title: str, domain: Sequence[float], grid: bool = True) -> alt.X:
-    scale = alt.Scale(domain=list(domain), nice=False)
-    return alt.X(
-        f"{field}:Q",
-        title=title,
-        scale=scale,
-        axis=alt.Axis(format="~d", tickMinStep=1, tickCount=10, grid=grid),
-    )
 
 
 def _span(frame: pl.DataFrame, start: str, end: str) -> tuple[int, int]:
@@ -194,10 +185,10 @@ def _bars(chart: StackedBars, frame: pl.DataFrame, interactive: bool) -> tuple[A
     axis = alt.Axis(format=chart.y_format) if chart.y_format else alt.Axis()
     low, high = _span(frame, chart.start, chart.end)
     bars = (
-        alt.Chart(_values(data))
+        alt.Chart(inline_rows(data))
         .mark_rect(stroke="white", strokeWidth=0.3)
         .encode(
-            x=_steps_axis(chart.start, chart.x_title, [low, high]),
+            x=steps_axis(chart.start, chart.x_title, [low, high]),
             x2=f"{chart.end}:Q",
             y=alt.Y("bottom:Q", title=chart.y_title, axis=axis, scale=alt.Scale(nice=not chart.y_format)),
             y2="top:Q",
@@ -224,10 +215,10 @@ def _cells(chart: Heatmap, frame: pl.DataFrame, interactive: bool) -> tuple[Any,
     row = 17 if len(names) <= 20 else 13
     low, high = _span(frame, chart.start, chart.end)
     cells = (
-        alt.Chart(_values(data))
+        alt.Chart(inline_rows(data))
         .mark_rect(stroke="white", strokeWidth=0.3)
         .encode(
-            x=_steps_axis(chart.start, chart.x_title, [low, high], grid=False),
+            x=steps_axis(chart.start, chart.x_title, [low, high], grid=False),
             x2=f"{chart.end}:Q",
             y=alt.Y(
                 f"{chart.series}:N",
@@ -253,15 +244,10 @@ def _cells(chart: Heatmap, frame: pl.DataFrame, interactive: bool) -> tuple[Any,
     return cells, notes
 
 
-def _values(frame: pl.DataFrame) -> alt.InlineData:
-    """Rows as inline data; NaN and infinity become null, which Vega leaves out."""
-    finite = frame.with_columns(pl.when(cs.float().is_finite()).then(cs.float()))
-    # A tuple, since Altair copies a list and its rows each time charts are layered or configured.
-    return alt.InlineData(values=tuple(finite.iter_rows(named=True)))
-
-
 _BUILDERS: dict[type[Chart], Callable[[Any, pl.DataFrame, bool], tuple[Any, Note]]] = {
     Trajectory: _trajectory,
     StackedBars: _bars,
     Heatmap: _cells,
+    Scatter: scatter,
+    Grid: grid,
 }
