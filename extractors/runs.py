@@ -73,17 +73,21 @@ def register_run(lake: Lake, run: str, info: RunInfo, parameters: list[dict[str,
         if adapter is not None:
             shapes = {row["parameter"]: tuple(row["shape"]) for row in parameters}
             writer.rows("slices", [asdict(part) for part in adapter.slices(shapes)])
-            writer.rows("stages", _stage_rows(adapter.stages()))
+            writer.rows("stages", _stage_rows(adapter))
         if info.examples:
             writer.rows("examples", list(info.examples))
 
 
-def _stage_rows(stages: Sequence[str]) -> list[dict[str, Any]]:
+def _stage_rows(adapter: Adapter) -> list[dict[str, Any]]:
     """Rows of table stages; the layer that writes layer_3_post_attn is 3, embedding and final_norm have none."""
-    layers = [stage.split("_")[1] if stage.startswith("layer_") else None for stage in stages]
     return [
-        {"stage": stage, "position": position, "layer": None if layer is None else int(layer)}
-        for position, (stage, layer) in enumerate(zip(stages, layers, strict=True))
+        {
+            "stage": stage,
+            "position": position,
+            "layer": int(stage.split("_")[1]) if stage.startswith("layer_") else None,
+            "layer_norm_eps": adapter.layer_norm_eps if stage == "final_norm" else None,
+        }
+        for position, stage in enumerate(adapter.stages())
     ]
 
 

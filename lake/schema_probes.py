@@ -17,6 +17,7 @@ TABLES = (
         stage | VARCHAR | embedding, layer_0_post_attn, layer_0_post_mlp, ..., final_norm (after the final LayerNorm)
         position | INTEGER | order in the forward pass, from 0
         layer | INTEGER | layer that writes it; null for embedding and final_norm
+        layer_norm_eps | DOUBLE | epsilon of the LayerNorm that makes the stage; null where none does, or when unknown
         """,
     ),
     table(

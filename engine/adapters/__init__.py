@@ -81,6 +81,8 @@ class Adapter(Protocol):
     """What a model family tells about itself."""
 
     name: str
+    layer_norm_eps: float
+    """Epsilon of every LayerNorm."""
 
     def describe(self, parameter: str) -> ParameterDescription:
         """Where a parameter stands; KeyError for a foreign name."""

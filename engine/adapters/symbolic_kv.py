@@ -15,6 +15,7 @@ from ..svd import split_heads, split_output_heads
 from . import ParameterDescription, ParameterSlice
 
 NAME = "symbolic_kv"
+LAYER_NORM_EPS = 1e-5
 TIED_TO = {"token_embedding.weight": ["lm_head.weight"]}
 
 _BLOCK = re.compile(
@@ -52,6 +53,7 @@ class SymbolicKVAdapter:
     columns of the output projection; the output bias belongs to no head."""
 
     name = NAME
+    layer_norm_eps = LAYER_NORM_EPS
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

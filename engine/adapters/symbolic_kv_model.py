@@ -12,8 +12,7 @@ from ..decoder import SymbolicKVDecoder
 from ..forward import Model
 from ..pre_norm import PreNormModel, PreNormWeights
 from . import check_weights
-
-LAYER_NORM_EPS = 1e-5
+from .symbolic_kv import LAYER_NORM_EPS
 
 
 def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
