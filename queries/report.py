@@ -180,5 +180,5 @@ def _one_line(cls: type[Report], error: ValidationError) -> str:
             parts.append(f"{option_name(name)} is required")
         else:
             message = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            parts.append(f"{option_name(name)} {message}, not {found['input']!r}")
+            parts.append(f"{option_name(name)} {message}, not {found['input']!r}" if name else message)
     return "; ".join(parts)
