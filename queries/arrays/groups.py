@@ -37,7 +37,8 @@ def group_by_token(token_ids: ArrayLike) -> Groups:
 
 def one_hot(labels: NDArray[Any], size: int) -> NDArray[np.float64]:
     """Int[…, n] -> Float64[…, size, n]."""
-    return (labels[..., None, :] == np.arange(size)[:, None]).astype(np.float64)
+    chosen: NDArray[np.float64] = (labels[..., None, :] == np.arange(size)[:, None]).astype(np.float64)
+    return chosen
 
 
 def group_means(vectors: NDArray[np.float64], groups: Groups) -> NDArray[np.float64]:
