@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a configured run and record every step",
     "trace": "continue a run from any step, recording every step",
     "import": "bring in checkpoints made elsewhere (.pt or .safetensors)",
+    "probe": "make and show the fixed records on which steps are compared",
     "extract": "make a dataset, or whatever a report lacks",
     "query": "run a report: rows, Markdown and charts from the lake",
     "sql": "ask the lake in SQL, once or in a shell",

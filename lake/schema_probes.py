@@ -71,7 +71,7 @@ TABLES = (
     ),
     table(
         "positions",
-        "probe event role position",
+        "probe event kind role position",
         "one row per event, role and position: where each part of the question stands",
         """
         probe | VARCHAR | probe

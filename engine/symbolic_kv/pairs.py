@@ -259,9 +259,7 @@ def _single_query(
         for step in record["steps"]
     ]
     support_positions = next(
-        step["positions"]
-        for step in steps
-        if step["op"] == "write" and step["write_index"] == support_index
+        step["positions"] for step in steps if step["op"] == "write" and step["write_index"] == support_index
     )
     tokens = list(record["tokens"])
     for step in steps:
