@@ -76,7 +76,7 @@ TABLES = (
         dtype | VARCHAR | dtype while training; the lake stores float32
         module | VARCHAR | module block: token_embedding, position_embedding, L0.ln_1, L0.attention, L0.mlp, final_norm; null without an adapter
         layer | INTEGER | layer from 0; null outside the layers
-        kind | VARCHAR | q_proj, k_proj, v_proj, out_proj, fc_in, fc_out, layer_norm, embedding; null without an adapter
+        kind | VARCHAR | q_proj, k_proj, v_proj (or qkv_proj, all three in one), out_proj, fc_in, fc_out, layer_norm, embedding; null without an adapter
         is_bias | BOOLEAN | whether it is an additive bias; null without an adapter
         transformer_lens_name | VARCHAR | the same tensor in TransformerLens; null if it has none
         tied_to | VARCHAR[] | other state-dict names of the same tensor
@@ -85,7 +85,7 @@ TABLES = (
     ),
     table(
         "slices",
-        "slice_kind slice parameter",
+        "slice_kind slice parameter row_start column_start",
         "one row per part of a parameter that belongs to a module block, projection, head or neuron",
         """
         slice_kind | VARCHAR | module, projection, head_projection, head or neuron

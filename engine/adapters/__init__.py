@@ -16,11 +16,18 @@ if TYPE_CHECKING:
 
     from ..forward import Model
 
-_BUILT_IN = {"symbolic_kv": "lakebed.engine.adapters.symbolic_kv"}
+_BUILT_IN = {
+    "gpt2": "lakebed.engine.adapters.gpt2",
+    "symbolic_kv": "lakebed.engine.adapters.symbolic_kv",
+}
 
 
 class UnknownAdapter(LakebedError):
     """No model family of that name is installed."""
+
+
+class UnsupportedModel(LakebedError, ValueError):
+    """A configuration of another family, or one whose arithmetic the adapter does not have."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,15 @@ class Adapter(Protocol):
 
     def slices(self, shapes: Mapping[str, tuple[int, ...]]) -> list[ParameterSlice]:
         """Module blocks, projections, heads and neurons as slices of parameters."""
+        ...
+
+    def parameter_shapes(self, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter in the model's order, a tied one once; where the family knows several spellings,
+        that of `names`, which are a checkpoint's."""
+        ...
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is no weight, such as a stored causal mask; import leaves it out."""
         ...
 
     def head_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

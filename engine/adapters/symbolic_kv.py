@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import RunConfig
+from ..decoder import SymbolicKVDecoder
 from ..forward import Model, residual_stages
 from ..svd import split_heads, split_output_heads
 from . import ParameterDescription, ParameterSlice
 
 NAME = "symbolic_kv"
-LAYER_NORM_EPS = 1e-5
-TIED_TO = {"token_embedding.weight": ["lm_head.weight"]}
 
 _BLOCK = re.compile(
     r"blocks\.(\d+)\.(ln_1|attn|ln_2|ff)\.(?:(q_proj|k_proj|v_proj|out_proj|fc_in|fc_out)\.)?(weight|bias)"
@@ -53,7 +52,8 @@ class SymbolicKVAdapter:
     columns of the output projection; the output bias belongs to no head."""
 
     name = NAME
-    layer_norm_eps = LAYER_NORM_EPS
+    layer_norm_eps = 1e-5
+    tied: Mapping[str, Collection[str]] = {"lm_head.weight": ("token_embedding.weight",)}
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -145,6 +145,16 @@ class SymbolicKVAdapter:
             "W_out": layers("ff.fc_out"),
         }
 
+    def parameter_shapes(self, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter, in the model's order; there is one spelling."""
+        with torch.device("meta"):
+            model = SymbolicKVDecoder(self.config.model, self.config.benchmark.vocabulary_size)
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def is_buffer(self, name: str) -> bool:
+        """The decoder's state dict holds weights only."""
+        return False
+
     def stages(self) -> tuple[str, ...]:
         """Residual stages, in forward order."""
         return residual_stages(self.config.model.n_layers)
@@ -153,7 +163,7 @@ class SymbolicKVAdapter:
         """A model with one step's weights; see `Adapter.load_model`. Raises WeightMismatch."""
         from .symbolic_kv_model import load_model
 
-        return load_model(self.config, weights, device)
+        return load_model(self, weights, device)
 
 
 def from_config(config_json: str) -> Any:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
-from ..decoder import SymbolicKVDecoder
 from ..forward import Model
 from ..pre_norm import PreNormModel, PreNormWeights
 from . import check_weights
-from .symbolic_kv import LAYER_NORM_EPS
+
+if TYPE_CHECKING:
+    from .symbolic_kv import SymbolicKVAdapter
 
 
-def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a configuration's decoder, in its own order, a tied tensor once."""
-    with torch.device("meta"):
-        model = SymbolicKVDecoder(config.model, config.benchmark.vocabulary_size)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def load_model(config: RunConfig, weights: Mapping[str, Tensor], device: str = "cpu") -> Model:
+def load_model(adapter: SymbolicKVAdapter, weights: Mapping[str, Tensor], device: str = "cpu") -> Model:
     """The model of one step's weights, by state-dict name. Raises WeightMismatch naming the first that differs."""
-    check_weights(weights, parameter_shapes(config), ["lm_head.weight"])
+    config = adapter.config
+    check_weights(weights, adapter.parameter_shapes(), adapter.tied)
     blocks = [f"blocks.{layer}" for layer in range(config.model.n_layers)]
 
     def layers(name: str) -> Tensor:
@@ -51,4 +46,4 @@ def load_model(config: RunConfig, weights: Mapping[str, Tensor], device: str = "
         mlp_out_bias=layers("ff.fc_out.bias"),
         final_norm=torch.stack([weights["final_norm.weight"], weights["final_norm.bias"]]),
     )
-    return PreNormModel(stacked, config.model.n_heads, LAYER_NORM_EPS, "none", device)
+    return PreNormModel(stacked, config.model.n_heads, adapter.layer_norm_eps, "none", device)
