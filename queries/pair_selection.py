@@ -7,11 +7,11 @@ and `pair_sides` (a pair and record side per row, with the probe and event whose
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..lake.datasets import PAIR_TYPES
 from ..lake.errors import MissingData
 from .probe_report import ProbeReport
 from .report import ReportFailed
@@ -184,7 +184,7 @@ def _ask(lake: Lake, query: str, parameters: dict[str, Any]) -> list[tuple[Any, 
     return rows
 
 
-def _too_few(report: PairOptions, short: dict[str, int], skips: list[tuple[Any, ...]]) -> str:
+def _too_few(report: PairOptions, short: Mapping[str, int], skips: list[tuple[Any, ...]]) -> str:
     counted = ", ".join(f"{pair_type} {n}" for pair_type, n in short.items())
     reasons = ", ".join(f"{reason} {count}" for pair_type, reason, count in skips if pair_type in short)
     where = f" of split {', '.join(report.split)}" if report.split else ""
@@ -203,6 +203,3 @@ def _rebuild(lake: Lake, run: str, name: str, report: PairOptions, metadata: dic
         f"{metadata['examples_per_split']} --seed {metadata['seed']} {splits} --max-pairs-per-type "
         f"{report.max_pairs_per_type}"
     )
-
-
-assert PairType.__args__ == PAIR_TYPES  # type: ignore[attr-defined]
