@@ -162,7 +162,7 @@ def _require_pairs(lake: Lake, run: str, report: PairOptions) -> None:
         pair_type: (n, corrupted)
         for pair_type, n, corrupted in _ask(lake, _COUNT.format(source=f"({_CHOSEN})"), asked)
     }
-    short = {
+    short: dict[str, int] = {
         pair_type: counts.get(pair_type, (0, 0))[0]
         for pair_type in report.pair_type
         if counts.get(pair_type, (0, 0))[0] < report.min_pairs_per_type
