@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..lake.datasets import RECORDED, Need
+from ..lake.datasets import RECORDED, WEIGHTS, Need
 from ..lake.errors import MissingData, UnknownName
 from ..lake.steps import StepSyntax, select_steps, step_option, summarize_steps
 
@@ -30,7 +30,7 @@ def resolve_run(lake: Lake, report: Report) -> str:
 
 def resolve_steps(lake: Lake, report: Report, run: str) -> list[int]:
     """The steps the report reads, ascending; raises MissingData for what was not recorded or extracted."""
-    needs = [(need, set(lake.dataset_steps(run, need.dataset, need.parameters))) for need in report.needs()]
+    needs = [(need, set(held_steps(lake, run, need))) for need in report.needs()]
     selected = [(need, steps) for need, steps in needs if need.steps == "selected"]
     for need, steps in needs:
         if not steps:
@@ -47,7 +47,20 @@ def resolve_steps(lake: Lake, report: Report, run: str) -> list[int]:
             f"{report.report_name()}: no step of run {run!r} lies in --steps {report.steps}; {what} is there for "
             f"{summarize_steps(common)}"
         )
+    for need, steps in needs:
+        if need.steps not in ("selected", "any"):
+            absent = [step for step in select_steps(need.steps, wanted) if step not in steps]
+            if absent:
+                raise MissingData(_message(lake, report, run, need, absent))
     return wanted
+
+
+def held_steps(lake: Lake, run: str, need: Need) -> list[int]:
+    """Steps at which a dataset is there, ascending. Weights stand at every anchor of a trace, extracted or not."""
+    if need.dataset != WEIGHTS:
+        return lake.dataset_steps(run, need.dataset, need.parameters)
+    axes = lake.axes.groups(run, WEIGHTS).values()
+    return sorted({int(step) for axis in axes for step in axis.steps})
 
 
 def _explicit(text: str | None) -> list[int]:
@@ -66,7 +79,7 @@ def _message(lake: Lake, report: Report, run: str, need: Need, steps: Iterable[i
     details = ", ".join(f"{name} {value}" for name, value in need.parameters.items())
     made_with = f" ({details})" if details else ""
     opening = f"{report.report_name()} needs {need.dataset} for run {run!r}{at}{made_with}."
-    held = lake.dataset_steps(run, need.dataset, need.parameters)
+    held = held_steps(lake, run, need)
     if need.dataset in RECORDED:
         has = f"recorded are steps {summarize_steps(held)}; the rest" if held else "it"
         return (
