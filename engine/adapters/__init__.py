@@ -90,6 +90,8 @@ class Adapter(Protocol):
     name: str
     layer_norm_eps: float
     """Epsilon of every LayerNorm."""
+    tied: Mapping[str, Collection[str]]
+    """Other state-dict name of a tied parameter, to the names which that parameter may have."""
 
     def describe(self, parameter: str) -> ParameterDescription:
         """Where a parameter stands; KeyError for a foreign name."""
@@ -143,7 +145,7 @@ def check_weights(
             raise WeightMismatch(f"{name} has shape {found}, the config's model has {shape}")
     extra = sorted(weights.keys() - shapes.keys() - set(aliases))
     if extra:
-        raise WeightMismatch(f"{extra[0]!r} is no parameter of the config's model")
+        raise WeightMismatch(f"it holds {extra[0]!r}, which the config's model does not have")
 
 
 def load_adapter(name: str, config_json: str) -> Adapter:
