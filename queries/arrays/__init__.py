@@ -6,9 +6,16 @@ One file per topic; everything is imported from here. Vectors are rows: Float64[
 from __future__ import annotations
 
 from .centroids import CosineCentroids, cosine_to_centroids, leave_one_out_cosines
-from .columns import matrix, stack_by
+from .columns import as_columns, matrix, stack_by
 from .groups import Groups, group_by_token, group_means
-from .permutations import Chance, against_chance, permuted_labels, permuted_overlaps, permuted_separation
+from .permutations import (
+    Chance,
+    against_chance,
+    chance_columns,
+    permuted_labels,
+    permuted_overlaps,
+    permuted_separation,
+)
 from .separation import Separation, nearest_centroids, separation
 from .subspaces import (
     IdentitySubspace,
@@ -20,6 +27,7 @@ from .subspaces import (
     principal_directions,
     qk_bases,
 )
+from .token_geometry import TokenSubspace, subspace_alignment, token_subspace, top_tokens
 
 __all__ = [
     "Chance",
@@ -28,7 +36,10 @@ __all__ = [
     "IdentitySubspace",
     "PrincipalDirections",
     "Separation",
+    "TokenSubspace",
     "against_chance",
+    "as_columns",
+    "chance_columns",
     "cosine_to_centroids",
     "group_by_token",
     "group_means",
@@ -46,4 +57,7 @@ __all__ = [
     "qk_bases",
     "separation",
     "stack_by",
+    "subspace_alignment",
+    "token_subspace",
+    "top_tokens",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -42,3 +42,18 @@ def stack_by(labels: Sequence[Any], *columns: NDArray[Any]) -> dict[Any, tuple[N
     for place, label in enumerate(labels):
         places.setdefault(label, []).append(place)
     return {label: tuple(column[chosen] for column in columns) for label, chosen in places.items()}
+
+
+def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows with the same keys, as Arrow columns; arrays become lists, and a column of nothing but None is of numbers."""
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {}
+    for name in rows[0] if rows else ():
+        values = [_plain(row[name]) for row in rows]
+        columns[name] = pa.array(values, pa.float64() if all(value is None for value in values) else None)
+    return columns
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

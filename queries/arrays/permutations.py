@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +45,16 @@ def against_chance(observed: float, sampled: NDArray[np.float64]) -> Chance:
         float(np.percentile(sampled, 95)),
         (1 + at_least) / (1 + len(sampled)),
     )
+
+
+def chance_columns(
+    name: str, observed: float, sampled: NDArray[np.float64] | None
+) -> dict[str, float | None]:
+    """`against_chance` as columns NAME_permuted_mean, _std, _percentile_95 and _p_value; None where nothing was sampled."""
+    if sampled is None:
+        return {f"{name}_permuted_{field.name}": None for field in fields(Chance)}
+    found = asdict(against_chance(observed, sampled))
+    return {f"{name}_permuted_{field}": value for field, value in found.items()}
 
 
 def permuted_separation(
