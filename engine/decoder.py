@@ -1,5 +1,6 @@
-"""The symbolic-KV decoder: pre-LayerNorm, causal, with the unembedding tied to the token embedding.
+"""The symbolic-KV decoder for training: pre-LayerNorm, causal, with the unembedding tied to the token embedding.
 
+What is measured inside a forward pass, or changed in it, is `pre_norm.PreNormModel`'s, which has the same arithmetic.
 Axes: `batch`, `position`, `layer`, `head`, `d_model`, `d_head`, `neuron`, `vocabulary`.
 Source: symbolic-KV definitions, B.
 """
@@ -7,7 +8,6 @@ Source: symbolic-KV definitions, B.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .config import ModelConfig
-from .forward import NO_INTERVENTIONS, Interventions, residual_stages
+from .forward import residual_stages
 
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """Logits of a forward pass, and what was asked for on the way."""
+    """Logits of a forward pass, and the attention if it was asked for."""
 
     logits: Tensor
     """`Float[batch, position, vocabulary]`."""
-    stages: dict[str, Tensor]
-    """Stage name to `Float[batch, position, d_model]`, after any patch; empty unless asked for."""
     attention: Tensor | None
     """Probabilities `Float[layer, batch, head, query, key]`, or None unless asked for."""
 
@@ -42,21 +40,17 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self,
-        x: Tensor,
-        allowed: Tensor | None,
-        head_mask: Tensor | None = None,
-        return_attention: bool = False,
+        self, x: Tensor, allowed: Tensor | None, return_attention: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Output `Float[batch, position, d_model]`, and the probabilities if asked for.
 
-        `allowed` is `Bool[batch, 1, query, key]`, or None for plain causal attention. Returned probabilities
-        or a head mask take an explicit softmax, all else the fused kernel; they agree up to rounding.
+        `allowed` is `Bool[batch, 1, query, key]`, or None for plain causal attention. Returned probabilities take
+        an explicit softmax, all else the fused kernel; they agree up to rounding.
         """
         query, key, value = (self._split(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
         dropout = self.dropout if self.training else 0.0
         probabilities = None
-        if return_attention or head_mask is not None:
+        if return_attention:
             scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
             visible = causal_mask(x.shape[1], x.device) if allowed is None else allowed
             probabilities = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
@@ -65,8 +59,6 @@ class CausalSelfAttention(nn.Module):
             heads = functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=allowed, dropout_p=dropout, is_causal=allowed is None
             )
-        if head_mask is not None:
-            heads = heads * head_mask[:, None, None]
         return self.out_proj(heads.transpose(1, 2).flatten(2)), probabilities
 
     def _split(self, projected: Tensor) -> Tensor:
@@ -83,12 +75,9 @@ class FeedForward(nn.Module):
         self.fc_out = nn.Linear(config.d_ff, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, neuron_mask: Tensor | None = None) -> Tensor:
-        """Output `Float[batch, position, d_model]`; `neuron_mask` is `Float[neuron]`."""
-        activations = functional.gelu(self.fc_in(x))
-        if neuron_mask is not None:
-            activations = activations * neuron_mask
-        written: Tensor = self.dropout(self.fc_out(activations))
+    def forward(self, x: Tensor) -> Tensor:
+        """Output `Float[batch, position, d_model]`."""
+        written: Tensor = self.dropout(self.fc_out(functional.gelu(self.fc_in(x))))
         return written
 
 
@@ -127,11 +116,6 @@ class SymbolicKVDecoder(nn.Module):
                 self.token_embedding.weight.mul_(config.embedding_std)
                 self.position_embedding.weight.mul_(config.embedding_std)
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the residual stages, in forward order."""
-        return residual_stages(self.config.n_layers)
-
     def forward(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits `Float[batch, position, vocabulary]` of `Int[batch, position]` tokens.
 
@@ -141,59 +125,33 @@ class SymbolicKVDecoder(nn.Module):
         return self.run(token_ids, attention_mask).logits
 
     def run(
-        self,
-        token_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        interventions: Interventions = NO_INTERVENTIONS,
-        return_stages: bool = False,
-        return_attention: bool = False,
+        self, token_ids: Tensor, attention_mask: Tensor | None = None, *, return_attention: bool = False
     ) -> DecoderOutput:
-        """Forward pass with interventions, keeping the residual stages or the attention if asked.
-
-        Raises `ValueError` for a stream longer than `max_seq_len` and for a patch of an unknown stage.
-        """
-        self._check(token_ids.shape[-1], interventions.residual_patches)
-        stages: dict[str, Tensor] = {}
+        """As `forward`, keeping the attention if asked."""
+        length = token_ids.shape[-1]
+        if length > self.config.max_seq_len:
+            raise ValueError(f"a stream of {length} tokens exceeds max_seq_len {self.config.max_seq_len}")
         attention: list[Tensor] = []
-
-        def at(stage: str, x: Tensor) -> Tensor:
-            x = interventions.residual_patches.get(stage, x)
-            if return_stages:
-                stages[stage] = x
-            return x
-
-        allowed = _allowed_keys(token_ids.shape[-1], attention_mask)
-        positions = self.position_embedding.weight[: token_ids.shape[-1]]
-        x = at("embedding", self.embedding_dropout(self.token_embedding(token_ids) + positions))
-        for layer, block in enumerate(self.blocks):
+        allowed = _allowed_keys(length, attention_mask)
+        x = self.token_embedding(token_ids) + self.position_embedding.weight[:length]
+        x = self.embedding_dropout(x)
+        for block in self.blocks:
             assert isinstance(block, DecoderBlock)
-            write, probabilities = block.attn(
-                block.ln_1(x), allowed, _layer(interventions.head_mask, layer), return_attention
-            )
+            write, probabilities = block.attn(block.ln_1(x), allowed, return_attention)
             if return_attention:
                 attention.append(probabilities)
-            x = at(f"layer_{layer}_post_attn", x + write)
-            write = block.ff(block.ln_2(x), _layer(interventions.neuron_mask, layer))
-            if interventions.mlp_mask is not None:
-                write = write * interventions.mlp_mask[layer]
-            x = at(f"layer_{layer}_post_mlp", x + write)
-        x = at("final_norm", self.final_norm(x))
-        return DecoderOutput(self.lm_head(x), stages, torch.stack(attention) if attention else None)
+            x = x + write
+            x = x + block.ff(block.ln_2(x))
+        logits = self.lm_head(self.final_norm(x))
+        return DecoderOutput(logits, torch.stack(attention) if attention else None)
 
     def lens(self, stage: str, x: Tensor) -> Tensor:
         """Logits read off a stage: final LayerNorm (already applied at `final_norm`), then unembedding."""
-        if stage not in self.stages:
-            raise ValueError(f"no residual stage {stage!r}; stages: {', '.join(self.stages)}")
+        stages = residual_stages(self.config.n_layers)
+        if stage not in stages:
+            raise ValueError(f"no residual stage {stage!r}; stages: {', '.join(stages)}")
         logits: Tensor = self.lm_head(x if stage == "final_norm" else self.final_norm(x))
         return logits
-
-    def _check(self, length: int, patched: Iterable[str]) -> None:
-        if length > self.config.max_seq_len:
-            raise ValueError(f"a stream of {length} tokens exceeds max_seq_len {self.config.max_seq_len}")
-        for stage in patched:
-            if stage not in self.stages:
-                raise ValueError(f"no residual stage {stage!r}; stages: {', '.join(self.stages)}")
 
 
 def causal_mask(length: int, device: torch.device | str) -> Tensor:
@@ -205,7 +163,3 @@ def _allowed_keys(length: int, attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None:
         return None
     return causal_mask(length, attention_mask.device) & attention_mask.bool()[:, None, None, :]
-
-
-def _layer(mask: Tensor | None, layer: int) -> Tensor | None:
-    return None if mask is None else mask[layer]

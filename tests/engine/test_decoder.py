@@ -1,4 +1,4 @@
-"""The decoder against an independent float64 computation, its parameters by name, and its interventions."""
+"""The decoder against an independent float64 computation, and its parameters by name."""
 
 import math
 from math import erf
@@ -6,9 +6,9 @@ from math import erf
 import numpy as np
 import pytest
 import torch
+from lakebed.engine.adapters import load_adapter
 from lakebed.engine.config import load_config
 from lakebed.engine.decoder import SymbolicKVDecoder
-from lakebed.engine.forward import Interventions, residual_stages
 from lakebed.engine.training import TrainingLoop
 from torch import nn
 
@@ -103,15 +103,17 @@ def reference_forward(state, tokens, n_layers, n_heads):
 
 def test_logits_stages_and_attention_are_those_of_an_independent_float64_computation(trained, batch):
     model = trained.model
-    output = model.run(batch.token_ids, batch.attention_mask, return_stages=True, return_attention=True)
+    output = model.run(batch.token_ids, batch.attention_mask, return_attention=True)
+    measured = load_adapter("symbolic_kv", trained.config.canonical_json()).load_model(model.state_dict())
+    captured_stages = measured.forward(batch.token_ids, batch.attention_mask, capture=["stages"]).stages
     for row in (0, 3):
         length = int(batch.attention_mask[row].sum())
         tokens = batch.token_ids[row, :length].tolist()
         logits, stages, attention = reference_forward(model.state_dict(), tokens, 2, 3)
         assert np.abs(output.logits[row, :length].detach().numpy() - logits).max() < 2e-4
-        assert list(output.stages) == list(stages) == list(model.stages)
+        assert list(captured_stages) == list(stages)
         for stage, values in stages.items():
-            assert np.abs(output.stages[stage][row, :length].detach().numpy() - values).max() < 1e-4, stage
+            assert np.abs(captured_stages[stage][row, :length].detach().numpy() - values).max() < 1e-4, stage
         captured = output.attention[:, row, :, :length, :length].detach().numpy()
         assert np.abs(captured - attention).max() < 1e-5
 
@@ -120,13 +122,8 @@ def test_explicit_softmax_equals_the_fused_kernel(trained, batch):
     model = trained.model
     fused = model(batch.token_ids, batch.attention_mask)
     explicit = model.run(batch.token_ids, batch.attention_mask, return_attention=True)
-    ones = Interventions(
-        head_mask=torch.ones(2, 3), mlp_mask=torch.ones(2), neuron_mask=torch.ones(2, SMALL_MODEL["d_ff"])
-    )
-    masked = model.run(batch.token_ids, batch.attention_mask, interventions=ones)
     kept = batch.attention_mask
     torch.testing.assert_close(explicit.logits[kept], fused[kept], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(masked.logits[kept], fused[kept], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(explicit.attention.sum(dim=-1), torch.ones(explicit.attention.shape[:-1]))
     assert explicit.attention.triu(1).abs().max() == 0
 
@@ -209,68 +206,23 @@ def test_weights_are_drawn_in_the_published_order_and_scaled_only_by_embedding_s
     assert torch.equal(scaled.blocks[1].ff.fc_in.weight, model.blocks[1].ff.fc_in.weight)
 
 
-def test_masks_remove_exactly_what_they_name(trained, batch):
-    model, tokens = trained.model, batch.token_ids
-    clean = model.run(tokens, return_stages=True).stages
-
-    def stages(**masks):
-        return model.run(tokens, interventions=Interventions(**masks), return_stages=True).stages
-
-    no_mlp = stages(mlp_mask=torch.tensor([0.0, 1.0]))
-    assert torch.equal(no_mlp["layer_0_post_mlp"], no_mlp["layer_0_post_attn"])
-    assert not torch.equal(no_mlp["layer_1_post_mlp"], no_mlp["layer_1_post_attn"])
-    head = torch.ones(2, 3)
-    head[1, 2] = 0
-    without = stages(head_mask=head)
-    write = clean["layer_1_post_attn"] - without["layer_1_post_attn"]
-    attention = model.blocks[1].attn
-    own = slice(16, 24)
-    # What vanished lies in the span of the head's own output columns.
-    basis = torch.linalg.qr(attention.out_proj.weight[:, own]).Q
-    torch.testing.assert_close(write @ basis @ basis.T, write, rtol=1e-3, atol=1e-4)
-    assert write.abs().max() > 1e-2
-    torch.testing.assert_close(without["layer_0_post_mlp"], clean["layer_0_post_mlp"], rtol=1e-4, atol=1e-4)
-    neurons = torch.ones(2, 40)
-    neurons[0, 7] = 0
-    lost = clean["layer_0_post_mlp"] - stages(neuron_mask=neurons)["layer_0_post_mlp"]
-    block = model.blocks[0]
-    activation = nn.functional.gelu(block.ff.fc_in(block.ln_2(clean["layer_0_post_attn"])))[..., 7:8]
-    torch.testing.assert_close(lost, activation * block.ff.fc_out.weight[:, 7], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("stage", residual_stages(2))
-def test_a_residual_patch_replaces_the_stage_and_everything_after_follows(trained, batch, stage):
-    model = trained.model
-    other = model.run(batch.token_ids.flip(0), return_stages=True)
-    patched = model.run(
-        batch.token_ids,
-        interventions=Interventions(residual_patches={stage: other.stages[stage]}),
-        return_stages=True,
-    )
-    assert torch.equal(patched.stages[stage], other.stages[stage])
-    assert torch.equal(patched.logits, other.logits)
-    earlier = model.stages[: model.stages.index(stage)]
-    clean = model.run(batch.token_ids, return_stages=True)
-    assert all(torch.equal(patched.stages[name], clean.stages[name]) for name in earlier)
-
-
 def test_the_lens_at_the_end_is_the_models_own_readout(trained, batch):
     model = trained.model
-    output = model.run(batch.token_ids, return_stages=True)
-    for stage in ("layer_1_post_mlp", "final_norm"):
-        assert torch.equal(model.lens(stage, output.stages[stage]), output.logits)
-    assert not torch.allclose(model.lens("embedding", output.stages["embedding"]), output.logits, atol=0.1)
+    seen = {}
+    hook = model.final_norm.register_forward_hook(lambda _, read, made: seen.update(read=read[0], made=made))
+    logits = model(batch.token_ids)
+    hook.remove()
+    assert torch.equal(model.lens("layer_1_post_mlp", seen["read"]), logits)
+    assert torch.equal(model.lens("final_norm", seen["made"]), logits)
+    assert not torch.allclose(
+        model.lens("embedding", model.token_embedding(batch.token_ids)), logits, atol=0.1
+    )
 
 
 def test_what_does_not_fit_is_refused(trained):
     model = trained.model
     with pytest.raises(ValueError, match="a stream of 97 tokens exceeds max_seq_len 96"):
         model(torch.ones(1, 97, dtype=torch.long))
-    patches = Interventions(residual_patches={"layer_2_post_mlp": torch.zeros(1, 3, 24)})
-    with pytest.raises(
-        ValueError, match="no residual stage 'layer_2_post_mlp'; stages: embedding, layer_0_post_attn"
-    ):
-        model.run(torch.ones(1, 3, dtype=torch.long), interventions=patches)
     with pytest.raises(ValueError, match="no residual stage 'logits'"):
         model.lens("logits", torch.zeros(1, 3, 24))
 
@@ -283,10 +235,13 @@ def test_dropout_acts_in_training_only_and_at_its_three_places():
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
     model.train()
-    stages = model.run(tokens, return_stages=True).stages
-    assert (stages["embedding"] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
-    mlp_write = stages["layer_0_post_mlp"] - stages["layer_0_post_attn"]
-    assert (mlp_write.abs() < 1e-7).float().mean() == pytest.approx(0.5, abs=0.1)
-    block = model.blocks[0]
-    twice = [block.attn(stages["embedding"], None)[0] for _ in range(2)]
+    seen = {}
+    for name in ("embedding_dropout", "blocks.0.ff", "blocks.0.ln_1"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, made, name=name: seen.update({name: made})
+        )
+    model(tokens)
+    assert (seen["embedding_dropout"] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert (seen["blocks.0.ff"] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    twice = [model.blocks[0].attn(seen["blocks.0.ln_1"], None)[0] for _ in range(2)]
     assert not torch.allclose(*twice)
