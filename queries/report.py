@@ -86,8 +86,8 @@ class Report(BaseModel):
 
     @classmethod
     def file_stem(cls) -> str:
-        """What the report's own files begin with."""
-        return cls.report_name().replace("-", "_")
+        """What the report's own files begin with: its name without a trailing `-report`, which the files add."""
+        return cls.report_name().removesuffix("-report").replace("-", "_")
 
     @classmethod
     def summary(cls) -> str:

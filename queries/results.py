@@ -96,7 +96,12 @@ class Results:
 
     def arrow(self, query: str, tables: Iterable[str] = (), **parameters: Any) -> pa.Table:
         """A query over the report's sections, and over the lake's `tables` it names, as an Arrow table."""
-        return self._execute(query, set(tables), parameters).to_arrow_table()
+        session = self.lake.session
+        with session.errors():
+            if tables:
+                session.prepare(tables)
+            # A relation hands its rows over as they are; a cursor would copy them, and warn that it does.
+            return session.connection.sql(query, params=parameters or None).to_arrow_table()
 
     def frame(self, name: str) -> pl.DataFrame:
         """One section as a Polars frame."""
