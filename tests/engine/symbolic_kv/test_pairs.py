@@ -295,6 +295,12 @@ def damaged(change):
     return made
 
 
+def read_another_key(record, event):
+    read = record["steps"][event["step_index"]]
+    event["key"] = read["key"] = record["tokens"][read["positions"]["key"]] = "K02"
+    record["token_ids"][read["positions"]["key"]] = TASK.vocabulary.ids["K02"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
