@@ -18,12 +18,32 @@ import numpy as np
 
 from ..engine.adapters import Adapter, load_adapter
 from ..lake import Lake, RowBlock, UnitWriter
-from ..lake.datasets import SVD, WEIGHTS
+from ..lake.datasets import (
+    ACTIVATIONS,
+    ATTENTION,
+    COMPONENT_LOGITS,
+    HEAD_WRITES,
+    INTERVENTIONS,
+    QK_COORDINATES,
+    READOUTS,
+    SVD,
+    WEIGHTS,
+)
 from ..lake.errors import UnknownName
 from .runs import RecordingError
 from .states import State, StateReader
 
-_BUILT_IN = {SVD: "svd", WEIGHTS: "weights"}
+# Datasets of forward passes over a probe; the other built-in ones are of weights alone.
+OF_FORWARD_PASSES = (
+    ACTIVATIONS,
+    ATTENTION,
+    READOUTS,
+    HEAD_WRITES,
+    COMPONENT_LOGITS,
+    QK_COORDINATES,
+    INTERVENTIONS,
+)
+_BUILT_IN = (SVD, WEIGHTS, *OF_FORWARD_PASSES)
 
 
 class Context:
@@ -32,6 +52,7 @@ class Context:
     def __init__(self, lake: Lake, run: str) -> None:
         self.lake, self.run = lake, run
         self.reader = StateReader(lake, run)
+        self.probes: dict[str, Any] = {}
         self._blocks: dict[tuple[int, str], RowBlock] = {}
 
     def adapter(self) -> Adapter:
@@ -76,6 +97,10 @@ class Extractor(ABC):
         """The dataset's parameters, JSON-able; they are its spec."""
         return {}
 
+    def inputs(self, context: Context) -> Mapping[str, Any]:
+        """Content hashes of what the dataset is made from beside the state."""
+        return {}
+
     def wants(self, context: Context, step: int) -> bool:
         """Whether there is anything to make at a step."""
         return True
@@ -93,7 +118,7 @@ def dataset_names() -> list[str]:
 def build_extractor(name: str, parameters: Mapping[str, Any]) -> Extractor:
     """The extractor of a dataset; raises UnknownName listing those there are."""
     if name in _BUILT_IN:
-        build = importlib.import_module(f".{_BUILT_IN[name]}", __package__).build
+        build = importlib.import_module(f".{name}", __package__).build
     else:
         found = [entry for entry in entry_points(group="lakebed.extractors") if entry.name == name]
         if not found:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from ..lake import Lake, Unit
+from ..lake import Lake, Unit, UnitWriter
 from ..lake.axis import publish
-from ..lake.datasets import RECORDED, Need
+from ..lake.datasets import RECORDED, Need, need_steps
 from ..lake.errors import MissingData
 from ..lake.names import spec_id
 from ..lake.steps import select_steps, summarize_steps
 from .dataset import Context, Extractor, build_extractor
+from .forward import ForwardExtractor, ForwardPasses
 from .progress import Progress, Silent
+from .states import State
 
 
 @dataclass
@@ -27,17 +31,30 @@ class ExtractionResult:
     bytes: int = 0
 
 
+@dataclass
+class _Work:
+    """One dataset of an extraction: its extractor, the steps asked of it, and those that are not there yet."""
+
+    extractor: Extractor
+    steps: set[int] = field(default_factory=set)
+    missing: set[int] = field(default_factory=set)
+
+
 def extract(
     lake: Lake,
     run: str,
     needs: Sequence[Need],
     steps: str | None = None,
     progress: Progress | None = None,
+    device: str = "cpu",
+    batch_size: int | None = None,
 ) -> ExtractionResult:
     """Makes what is needed of a run at `steps` (default: the steps whose state is stored), where it is missing.
 
-    A second call makes nothing; an interrupted one goes on. Raises UnknownName, MissingData for steps the run does not
-    have or that only a recording could have made, InputMismatch when a unit stands that was made from another state.
+    Datasets of forward passes share one pass per step and batch, on `device`, of about `batch_size` tokens (default:
+    what suits a processor's cache). A second call makes nothing; an interrupted one goes on. Raises UnknownName,
+    MissingData for a missing probe, for steps the run does not have or that only a recording could have made,
+    DeviceUnavailable, InputMismatch when a unit stands that was made from another state or probe.
     """
     progress = progress or Silent()
     context = Context(lake, run)
@@ -47,55 +64,97 @@ def extract(
     if not wanted:
         raise MissingData(f"run {run!r} has no steps {steps or ''}; it has {summarize_steps(reader.steps)}")
     _require_recorded(lake, run, needs)
-    extractors = [
-        build_extractor(need.dataset, need.parameters) for need in needs if need.dataset not in RECORDED
-    ]
-    missing = {extractor: _missing(context, extractor, wanted) for extractor in extractors}
+    work = _plan(context, needs, wanted)
     result = ExtractionResult(run)
-    for extractor in extractors:
-        result.made[extractor.name] = []
-        result.standing[extractor.name] = len(wanted) - len(missing[extractor])
-    todo = sorted({step for of in missing.values() for step in of})
-    progress.start(f"extracting {', '.join(extractor.name for extractor in extractors)}", len(todo))
-    moments = any(extractor.needs_moments for extractor in extractors)
+    for of in work:
+        result.made.setdefault(of.extractor.name, [])
+        standing = len(of.steps) - len(of.missing)
+        result.standing[of.extractor.name] = result.standing.get(of.extractor.name, 0) + standing
+    todo = sorted({step for of in work for step in of.missing})
+    progress.start(f"extracting {', '.join(result.made)}", len(todo))
+    moments = any(of.extractor.needs_moments for of in work if of.missing)
     try:
-        for state in reader.iterate(todo, moments=moments):
-            for extractor in extractors:
-                if state.step in missing[extractor]:
-                    _make(context, extractor, state, result)
-            progress.advance(note=f"step {state.step}")
+        with _forward_passes(context, work, device, batch_size) as passes:
+            for state in reader.iterate(todo, moments=moments):
+                _make_step(context, state, work, passes, result)
+                progress.advance(note=f"step {state.step}")
     finally:
         if todo:
             publish(lake, run)
     return result
 
 
-def _make(context: Context, extractor: Extractor, state: Any, result: ExtractionResult) -> None:
-    with context.lake.unit(_unit(context, extractor, state.step)) as writer:
-        extractor.extract(context, state, writer)
+def _plan(context: Context, needs: Sequence[Need], wanted: Sequence[int]) -> list[_Work]:
+    """What to make where; needs for the same dataset with the same parameters are one."""
+    work: dict[tuple[str, str], _Work] = {}
+    for need in needs:
+        if need.dataset in RECORDED:
+            continue
+        extractor = build_extractor(need.dataset, need.parameters)
+        of = work.setdefault((need.dataset, spec_id(dict(extractor.parameters()))), _Work(extractor))
+        of.steps.update(need_steps(need, wanted))
+    context.lake.receipts.refresh(context.run)
+    for of in work.values():
+        inputs = of.extractor.inputs(context)
+        of.missing = {
+            step
+            for step in of.steps
+            if of.extractor.wants(context, step)
+            and context.lake.find_receipt(_unit(context, of.extractor, inputs, step)) is None
+        }
+    return list(work.values())
+
+
+def _forward_passes(
+    context: Context, work: Sequence[_Work], device: str, batch_size: int | None
+) -> AbstractContextManager[ForwardPasses | None]:
+    if not any(isinstance(of.extractor, ForwardExtractor) for of in work):
+        return nullcontext()
+    extractors = [of.extractor for of in work if isinstance(of.extractor, ForwardExtractor) and of.missing]
+    return ForwardPasses(context, extractors, device, batch_size)
+
+
+def _make_step(
+    context: Context,
+    state: State,
+    work: Sequence[_Work],
+    passes: ForwardPasses | None,
+    result: ExtractionResult,
+) -> None:
+    due = [of.extractor for of in work if state.step in of.missing]
+    for extractor in due:
+        if not isinstance(extractor, ForwardExtractor):
+            _write(context, extractor, state.step, result, partial(extractor.extract, context, state))
+    of_passes = [extractor for extractor in due if isinstance(extractor, ForwardExtractor)]
+    if passes is not None and of_passes:
+        step = state.step
+        passes.run(state, of_passes, lambda of, fill: _write(context, of, step, result, fill))
+
+
+def _write(
+    context: Context,
+    extractor: Extractor,
+    step: int,
+    result: ExtractionResult,
+    fill: Callable[[UnitWriter], None],
+) -> None:
+    """Commits one unit."""
+    unit = _unit(context, extractor, extractor.inputs(context), step)
+    with context.lake.unit(unit) as writer:
+        fill(writer)
     receipt = context.lake.receipts.get(context.run, writer.unit.name)
     if writer.committed and receipt is not None:
         result.rows += receipt.rows
         result.bytes += receipt.bytes
-    result.made[extractor.name].append(state.step)
+    result.made[extractor.name].append(step)
 
 
-def _missing(context: Context, extractor: Extractor, steps: Sequence[int]) -> set[int]:
-    context.lake.receipts.refresh(context.run)
-    return {
-        step
-        for step in steps
-        if extractor.wants(context, step)
-        and context.lake.find_receipt(_unit(context, extractor, step)) is None
-    }
-
-
-def _unit(context: Context, extractor: Extractor, step: int) -> Unit:
+def _unit(context: Context, extractor: Extractor, inputs: Mapping[str, Any], step: int) -> Unit:
     parameters = dict(extractor.parameters())
     spec = spec_id(parameters)
     name = f"{extractor.name}-{spec}-{step:08d}" if spec else f"{extractor.name}-{step:08d}"
-    inputs = {"state": context.reader.identity(step)}
-    return Unit(extractor.name, context.run, name, (step,), parameters, inputs, extractor.version)
+    made_from = {"state": context.reader.identity(step), **inputs}
+    return Unit(extractor.name, context.run, name, (step,), parameters, made_from, extractor.version)
 
 
 def _require_recorded(lake: Lake, run: str, needs: Iterable[Need]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from .steps import select_steps
 
 
 @dataclass(frozen=True)
@@ -12,12 +14,20 @@ class Need:
     """A dataset a report reads, with the parameters it must have been made with.
 
     `steps` says which of the run's steps: "selected" (those of `--steps`), "any" (whatever there is), or, as `--steps`
-    takes it, some of the selected ones ("last").
+    takes it, some of the selected ones ("last", "5250,8000"). Steps it names that are not selected are ignored.
     """
 
     dataset: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     steps: str = "selected"
+
+
+def need_steps(need: Need, selected: Sequence[int]) -> list[int]:
+    """Which of the selected steps a need is about, ascending."""
+    if need.steps in ("selected", "any"):
+        return sorted(selected)
+    chosen = set(selected)
+    return [step for step in select_steps(need.steps, selected) if step in chosen]
 
 
 # Made while training, by `lakebed train`, `lakebed trace` or a Recorder; the rest comes from `lakebed extract`.

@@ -98,6 +98,7 @@ class UnitWriter:
         self._attempt = uuid.uuid4().hex[:8]
         self._started = time.perf_counter()
         self._tables: dict[str, list[pa.Table]] = {}
+        self._unordered: set[str] = set()
         self._blocks: list[RowBlock] = []
         self._files: list[FileEntry] = []
 
@@ -112,12 +113,15 @@ class UnitWriter:
         else:
             self.discard()
 
-    def rows(self, table: str, data: Any) -> None:
+    def rows(self, table: str, data: Any, in_order: bool = False) -> None:
         """Adds rows to `table`: an Arrow table, a Polars frame, a mapping of columns or a list of row mappings.
 
+        `in_order` promises that they come sorted by the table's key, after those added before; others are sorted.
         Raises SchemaMismatch when a column is missing, unknown or of another kind; nullable columns may be left out.
         """
         self._tables.setdefault(table, []).append(conform(table, data))
+        if not in_order:
+            self._unordered.add(table)
 
     def tensor_rows(self, quantity: str, steps: Sequence[int], block_rows: int = 1) -> RowBlock:
         """Claims rows of a quantity for `steps`, in blocks of a power of two.
@@ -191,7 +195,8 @@ class UnitWriter:
             for table, parts in self._tables.items():
                 whole = pa.concat_tables(parts)
                 keys = [(name, "ascending") for name in TABLES[table].key if name != "run"]
-                ordered = whole.sort_by(keys) if keys and len(whole) > 1 else whole
+                sort = keys and len(whole) > 1 and table in self._unordered
+                ordered = whole.sort_by(keys) if sort else whole
                 rows += len(ordered)
                 key = f"tables/{table}/run={self.unit.run}/{self.unit.name}-{self._attempt}.parquet"
                 self.put(key, parquet_bytes(ordered))

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..lake.datasets import RECORDED, WEIGHTS, Need
+from ..lake.datasets import RECORDED, WEIGHTS, Need, need_steps
 from ..lake.errors import MissingData, UnknownName
 from ..lake.steps import StepSyntax, select_steps, step_option, summarize_steps
 
@@ -33,7 +33,7 @@ def resolve_steps(lake: Lake, report: Report, run: str) -> list[int]:
     needs = [(need, set(held_steps(lake, run, need))) for need in report.needs()]
     selected = [(need, steps) for need, steps in needs if need.steps == "selected"]
     for need, steps in needs:
-        if not steps:
+        if not steps and need.steps in ("selected", "any"):
             raise MissingData(_message(lake, report, run, need, _explicit(report.steps)))
     common = sorted(set.intersection(*(steps for _, steps in selected))) if selected else []
     wanted = select_steps(report.steps, common)
@@ -49,7 +49,7 @@ def resolve_steps(lake: Lake, report: Report, run: str) -> list[int]:
         )
     for need, steps in needs:
         if need.steps not in ("selected", "any"):
-            absent = [step for step in select_steps(need.steps, wanted) if step not in steps]
+            absent = [step for step in need_steps(need, wanted) if step not in steps]
             if absent:
                 raise MissingData(_message(lake, report, run, need, absent))
     return wanted

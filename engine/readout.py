@@ -1,0 +1,150 @@
+"""Reading logits off the residual stream: margins, log-probabilities, and the direction a margin is read along.
+
+Source: definitions 2 §C, §I; definitions 4 §0.5, §0.12. `event` and `candidate` as in `engine.capture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .forward import Model
+from .parallel_columns import ParallelColumns
+
+# Logits are made and reduced this many at a time: what stays in a core's cache, and never events × stages × vocabulary.
+_BLOCK = 1 << 19
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The answer of each event, and the tokens it competes with."""
+
+    candidates: Tensor
+    """`Int[candidate]`: token ids, ascending; every answer and competitor is among them."""
+    answer: Tensor
+    """`Int[event]`: place of the answer among the candidates."""
+    wrong: Tensor
+    """`Float[event, candidate]`: 0 where the candidate competes, -inf elsewhere; something competes in every event."""
+
+    @cached_property
+    def answer_token(self) -> Tensor:
+        """`Int[event]`."""
+        return self.candidates[self.answer]
+
+    @cached_property
+    def _slice(self) -> slice | None:
+        first, last = int(self.candidates[0]), int(self.candidates[-1])
+        return slice(first, last + 1) if last - first + 1 == len(self.candidates) else None
+
+    def of(self, vocabulary: Tensor) -> Tensor:
+        """The candidates' part of `Float[…, vocabulary]`: `Float[…, candidate]`, a view where they are neighbours."""
+        return (
+            vocabulary.index_select(-1, self.candidates)
+            if self._slice is None
+            else vocabulary[..., self._slice]
+        )
+
+    def best_wrong(self, scores: Tensor, wrong: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Largest competitor and its token for `Float[…, event, candidate]`; the first of equals."""
+        value, place = (scores + (self.wrong if wrong is None else wrong)).max(-1)
+        return value, self.candidates[place]
+
+
+@dataclass(frozen=True)
+class Readout(ParallelColumns):
+    """Logits at the prediction position, reduced: columns of the same shape, `[event]` or `[event, stage]`."""
+
+    answer_logit: Tensor
+    best_wrong_token: Tensor
+    best_wrong_logit: Tensor
+    best_token: Tensor
+    answer_log_prob: Tensor
+    correct: Tensor
+
+    @property
+    def value_margin(self) -> Tensor:
+        """Answer less its best competitor."""
+        return self.answer_logit - self.best_wrong_logit
+
+    def scalars(self) -> Tensor:
+        """`Float[…, scalar]`: value_margin, answer_logit, answer_log_prob, correct."""
+        columns = (self.value_margin, self.answer_logit, self.answer_log_prob, self.correct.float())
+        return torch.stack(columns, -1)
+
+    def append(self, other: Readout) -> Readout:
+        """`[event, stage]` with `other`, `[event]`, as one stage more."""
+        columns = [column.name for column in fields(self)]
+        return Readout(
+            *(torch.cat([getattr(self, name), getattr(other, name)[:, None]], 1) for name in columns)
+        )
+
+
+def read_logits(logits: Tensor, choices: Choices, event: slice | Tensor = slice(None)) -> Readout:
+    """Reduces `Float[row, vocabulary]`; `event` says which events the rows are."""
+    answer = choices.answer_token[event]
+    answer_logit = logits.gather(-1, answer[:, None])[:, 0]
+    wrong_logit, wrong_token = choices.best_wrong(choices.of(logits), choices.wrong[event])
+    best = logits.argmax(-1)
+    log_prob = answer_logit - logits.logsumexp(-1)
+    return Readout(answer_logit, wrong_token, wrong_logit, best, log_prob, best == answer)
+
+
+def final_readout(model: Model, final: Tensor, choices: Choices) -> Readout:
+    """Of the final stage, `Float[event, d_model]`, which the unembedding reads as it is: `[event]`."""
+    return _read(model, final, choices, torch.arange(len(final), device=final.device))
+
+
+def stage_readouts(model: Model, stages: Sequence[Tensor], choices: Choices) -> Readout:
+    """Every stage, `Float[event, d_model]` each, as if it were the last before the final LayerNorm: `[event, stage]`."""
+    normed = model.final_norm(torch.stack(list(stages), 1))
+    events, count, _ = normed.shape
+    event = torch.arange(events, device=normed.device).repeat_interleave(count)
+    found = _read(model, normed.flatten(0, 1), choices, event)
+    return found.apply(lambda column: column.reshape(events, count))
+
+
+def _read(model: Model, rows: Tensor, choices: Choices, event: Tensor) -> Readout:
+    unembedding, size = model.unembedding.T, max(1, _BLOCK // model.vocabulary_size)
+    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+    return Readout.join([read_logits(rows[part] @ unembedding, choices, event[part]) for part in parts])
+
+
+@dataclass(frozen=True)
+class ReadoutGradient:
+    """How the value margin reads the last residual stage z, per event; constant where it is used."""
+
+    differentiated: Tensor
+    """`Float[event, d_model]`: d margin / d z, mean and variance of the LayerNorm differentiated too."""
+    frozen: Tensor
+    """`Float[event, d_model]`: the same with the standard deviation held fixed: frozen · z + bias = margin."""
+    bias: Tensor
+    """`Float[event]`: what the LayerNorm's bias adds to the margin."""
+    margin: Tensor
+    """`Float[event]`: frozen · z + bias, the margin read off the last stage."""
+
+    @property
+    def both(self) -> Tensor:
+        """`Float[event, d_model, 2]`: differentiated, frozen."""
+        return torch.stack([self.differentiated, self.frozen], -1)
+
+
+def readout_gradient(model: Model, last: Tensor, choices: Choices, own: Readout) -> ReadoutGradient:
+    """For z = `last`, `Float[event, d_model]`, and the model's own best wrong token w.
+
+    With u = gain ⊙ (U_y − U_w), n = (z − mean z) / s and s = √(var z + ε) the margin is u·n + bias·(U_y − U_w), hence
+    d margin / d z = (u − mean u − n · mean(u ⊙ n)) / s; s held fixed leaves (u − mean u) / s.
+    """
+    gain, shift = model.final_norm_parameters()
+    direction = model.unembedding[choices.answer_token] - model.unembedding[own.best_wrong_token]
+    u = gain * direction
+    centred = last - last.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + model.layer_norm_eps).sqrt()
+    n = centred / deviation
+    frozen = (u - u.mean(-1, keepdim=True)) / deviation
+    differentiated = frozen - n * (u * n).mean(-1, keepdim=True) / deviation
+    bias = direction @ shift
+    return ReadoutGradient(differentiated, frozen, bias, (u * n).sum(-1) + bias)
