@@ -141,11 +141,6 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
             raise ValueError(f"--support-key-role and --distractor-key-role are both {self.support_key_role}")
         return self
 
-    @classmethod
-    def file_stem(cls) -> str:
-        """Without "report" twice: attention_retrieval_chain_report.json."""
-        return "attention_retrieval_chain"
-
     def parameters(self) -> dict[str, Any]:
         """Adds the roles in play."""
         roles = {self.score_query_role, self.support_key_role, self.distractor_key_role}
