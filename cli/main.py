@@ -43,6 +43,7 @@ class LazyGroup(click.Group):
             return None
         if name in _SHORT:
             _collect_rarely()
+            _compute_in_one_thread()
         suffix = "_" if name == "import" else ""
         module = importlib.import_module(f".{name}{suffix}", __package__)
         command: click.Command = getattr(module, f"{name}{suffix}")
@@ -60,6 +61,12 @@ def _collect_rarely() -> None:
     Not for those that run long, whose garbage may hold tensors.
     """
     gc.set_threshold(100_000)
+
+
+def _compute_in_one_thread() -> None:
+    """Keeps NumPy's matrices of a short command, all small, in one thread: the others spin while they wait, and where the
+    machine has other work a report took several times as long. Read when NumPy is imported."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @click.group(

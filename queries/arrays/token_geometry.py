@@ -28,7 +28,7 @@ class TokenSubspace:
     @property
     def rank(self) -> int:
         """Number of directions."""
-        return self.basis.shape[1]
+        return int(self.basis.shape[1])
 
 
 def token_subspace(embedding: NDArray[np.float64], what: str) -> TokenSubspace:

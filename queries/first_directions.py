@@ -1,0 +1,148 @@
+"""First singular directions of W_QK and W_OV against the token embedding: what `-- arrays: head_directions` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..lake.errors import MissingData
+from .arrays.columns import matrix
+from .arrays.token_geometry import TokenSubspace, subspace_alignment, token_subspace, top_tokens
+from .report import ReportFailed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .results import Results
+
+# Rows of view first_directions of one head, in its order: token list, alignment, and class of tokens it is held against.
+_DIRECTIONS = (
+    ("qk_query_direction_top_tokens", "qk_query_key_subspace_alignment", "key"),
+    ("qk_key_direction_top_tokens", "qk_key_key_subspace_alignment", "key"),
+    ("ov_input_direction_top_tokens", "ov_input_value_subspace_alignment", "value"),
+    ("ov_output_direction_top_tokens", "ov_output_value_subspace_alignment", "value"),
+)
+_CELLS_AT_ONCE = 16_000_000
+
+
+def head_directions(results: Results, probe: str, count: int) -> Mapping[str, Any]:
+    """A row per step and head: alignments, token lists, and the subspaces of the step (the same for all its heads).
+
+    Alignments and subspaces are null where the probe has no such tokens. Raises ReportFailed for a zero direction.
+    """
+    told = results.lake.session.execute(
+        "SELECT key_tokens, value_tokens, vocabulary FROM probes WHERE run = ? AND probe = ?",
+        [results.run, probe],
+        tables={"probes"},
+    ).fetchall()[0]
+    tokens = {"key": told[0], "value": told[1]}
+    found = results.arrow("FROM first_directions ORDER BY step, layer, head, matrix_position(matrix), side")
+    directions = matrix(found["direction"])
+    _require_directions(found, directions)
+    heads = len(found) // len(_DIRECTIONS)
+    first = pa.array(np.arange(heads) * len(_DIRECTIONS))
+    columns: dict[str, Any] = {name: found[name].take(first) for name in ("step", "layer", "head")}
+    steps = columns["step"].to_numpy()
+    stacked = directions.reshape(heads, len(_DIRECTIONS), -1)
+    ids: list[NDArray[np.int64]] = []
+    signed: list[NDArray[np.float64]] = []
+    subspaces: list[dict[str, TokenSubspace]] = []
+    alignments = np.full((heads, len(_DIRECTIONS)), np.nan)
+    for step, embedding in _embeddings(results, sorted(set(steps.tolist()))):
+        here = np.flatnonzero(steps == step)
+        chosen, scores = top_tokens(stacked[here], embedding, count)
+        ids.append(chosen)
+        signed.append(scores)
+        held = {
+            kind: token_subspace(embedding[of], f"{kind} tokens at step {step}")
+            for kind, of in tokens.items()
+            if of
+        }
+        subspaces.extend([held] * len(here))
+        for place, (_, _, kind) in enumerate(_DIRECTIONS):
+            if kind in held:
+                alignments[here, place] = subspace_alignment(stacked[here, place], held[kind])
+    all_ids, all_signed = np.concatenate(ids), np.concatenate(signed)
+    for place, (top, alignment, _) in enumerate(_DIRECTIONS):
+        columns[alignment] = pa.array(alignments[:, place], from_pandas=True)
+        columns[top] = _token_lists(all_ids[:, place], all_signed[:, place], told[2])
+    columns["embedding_subspaces"] = pa.array(
+        [{f"{kind}_identity_subspace": _summary(held.get(kind)) for kind in tokens} for held in subspaces],
+        _SUBSPACES,
+    )
+    return columns
+
+
+_SUBSPACE = pa.struct(
+    {
+        "rank": pa.int64(),
+        "ambient_dim": pa.int64(),
+        "num_tokens": pa.int64(),
+        "singular_values": pa.list_(pa.float64()),
+    }
+)
+_SUBSPACES = pa.struct({"key_identity_subspace": _SUBSPACE, "value_identity_subspace": _SUBSPACE})
+
+
+def _summary(subspace: TokenSubspace | None) -> dict[str, Any] | None:
+    if subspace is None:
+        return None
+    return {
+        "rank": subspace.rank,
+        "ambient_dim": len(subspace.basis),
+        "num_tokens": subspace.num_tokens,
+        "singular_values": subspace.singular_values,
+    }
+
+
+def _require_directions(found: pa.Table, directions: NDArray[np.float64]) -> None:
+    bad = np.flatnonzero(~(np.linalg.norm(directions, axis=1) > 0))
+    if len(bad):
+        row = found.slice(int(bad[0]), 1).to_pylist()[0]
+        raise ReportFailed(
+            f"the first {row['side']} singular vector of L{row['layer']}H{row['head']} {row['matrix']} at step "
+            f"{row['step']} is zero or not a number and has no direction; leave that step out"
+        )
+
+
+def _embeddings(results: Results, steps: list[int]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """(step, token embedding Float64[vocabulary, d]), a few steps in memory at a time."""
+    found = results.lake.session.execute(
+        "SELECT parameter, shape FROM parameters WHERE run = ? AND module = 'token_embedding'",
+        [results.run],
+        tables={"parameters"},
+    ).fetchall()
+    if not found:
+        raise MissingData(
+            f"run {results.run!r} does not say which parameter is its token embedding: import it with an adapter"
+        )
+    parameter, shape = found[0]
+    at_once = max(1, _CELLS_AT_ONCE // int(np.prod(shape)))
+    for start in range(0, len(steps), at_once):
+        part = steps[start : start + at_once]
+        # Literal steps: only these reach the scan, which then opens no other chunk.
+        listed = ", ".join(map(str, part))
+        rows = results.arrow(
+            f'SELECT "values" FROM weights WHERE run = $run AND parameter = $parameter AND step IN ({listed}) '
+            'ORDER BY step, "row"',
+            {"weights"},
+            run=results.run,
+            parameter=parameter,
+        )
+        yield from zip(part, matrix(rows["values"]).reshape(len(part), *shape), strict=True)
+
+
+def _token_lists(
+    ids: NDArray[np.int64], signed: NDArray[np.float64], vocabulary: list[str] | None
+) -> pa.ListArray:
+    """Int and Float[n, k] as n lists of {token, token_id, signed_score, abs_score}."""
+    flat, scores = pa.array(ids.reshape(-1)), signed.reshape(-1)
+    names = pa.array(vocabulary, pa.string()).take(flat) if vocabulary else pa.nulls(len(flat), pa.string())
+    tokens = pa.StructArray.from_arrays(
+        [names, flat, pa.array(scores), pa.array(np.abs(scores))],
+        ["token", "token_id", "signed_score", "abs_score"],
+    )
+    return pa.ListArray.from_arrays(pa.array(np.arange(len(ids) + 1) * ids.shape[1], pa.int32()), tokens)
