@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..lake.datasets import (
+    ACTIVATIONS,
+    ATTENTION,
+    COMPONENT_LOGITS,
+    DEFAULT_PROBE,
+    HEAD_WRITES,
+    INTERVENTIONS,
+    QK_COORDINATES,
+    READOUTS,
+    Need,
+)
 from .options import lake_option, run_option, steps_option, threads_option
 
 if TYPE_CHECKING:
-    from ..lake.datasets import Need
+    from collections.abc import Callable
+
+# Dataset options by name: which datasets take them, and their defaults. One need is made per combination of values.
+_DATASET_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
+    "probe": (
+        (ACTIVATIONS, ATTENTION, READOUTS, HEAD_WRITES, COMPONENT_LOGITS, QK_COORDINATES, INTERVENTIONS),
+        (DEFAULT_PROBE,),
+    ),
+    "layout": ((ACTIVATIONS,), ("roles",)),
+    "query_role": ((ATTENTION, HEAD_WRITES), ("prediction",)),
+    "head": ((QK_COORDINATES,), (None,)),
+    "stage": ((QK_COORDINATES,), (None,)),
+    "layernorm_mode": ((QK_COORDINATES,), ("head_ln1",)),
+}
+
+
+def _dataset_option(name: str, metavar: str, about: str) -> Callable[[Any], Any]:
+    return click.option(f"--{name}", multiple=True, metavar=metavar, help=about)
 
 
 @click.command(
     context_settings={"ignore_unknown_options": True},
     epilog="Examples: lakebed extract svd --lake demo.lake --run demo --steps 0:600:20    "
+    "lakebed extract activations attention readouts --lake demo.lake --run demo --steps 0:600:100    "
+    "lakebed extract qk_coordinates --head L1H0 --lake demo.lake --run demo --steps last    "
     "lakebed extract --for weight-svd-trace --lake demo.lake --run demo",
 )
 @click.argument("datasets", nargs=-1, type=click.UNPROCESSED, metavar="[DATASET]...")
@@ -26,6 +56,24 @@ if TYPE_CHECKING:
 @lake_option
 @run_option
 @steps_option
+@_dataset_option(
+    "probe",
+    "NAME",
+    f"Probe that goes through the model [default: {DEFAULT_PROBE}]; NAME.corrupted: of its pairs.",
+)
+@_dataset_option("layout", "roles|all", "activations: at positions with a role, or at all [default: roles].")
+@_dataset_option(
+    "query-role", "ROLE", "attention, head_writes: where is attended from [default: prediction]."
+)
+@_dataset_option("head", "L2H1", "qk_coordinates: the head; required.")
+@_dataset_option("stage", "STAGE", "qk_coordinates: the residual stage [default: the one the head reads].")
+@_dataset_option(
+    "layernorm-mode", "head_ln1|none", "qk_coordinates: through the head's LayerNorm [default] or not."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), metavar="TOKENS", help="Tokens per forward pass [default: 4096]."
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps, for forward passes.")
 @threads_option
 @click.pass_context
 def extract(
@@ -35,32 +83,70 @@ def extract(
     lake_uri: str,
     run: str,
     steps: str | None,
+    batch_size: int | None,
+    device: str,
     threads: int | None,
+    **options: tuple[str, ...],
 ) -> None:
-    """Make datasets (svd, weights) of a run, where they are missing.
+    """Make datasets of a run, where they are missing.
+
+    Of weights: svd, weights. Of forward passes over a probe (see `lakebed probe`): activations, attention, readouts,
+    head_writes, component_logits, qk_coordinates, interventions; all that are named share one pass per step and batch.
+    Options may be repeated: each combination is a dataset.
 
     Without --steps: the steps whose weights are stored. A second call makes nothing; an interrupted one goes on.
     With --for, the report's own options may follow, as `lakebed query` takes them.
     """
-    from ..extractors.plan import extract as run_extraction
-    from ..extractors.threads import set_threads
-    from ..lake import Lake
-    from ..lake.datasets import Need
-    from .progress import Bars
-
     if report is not None:
-        needs = report_needs(report, run, steps, datasets)
+        needs = report_needs(report, run, steps, [*datasets, *_as_arguments(options)])
     else:
         stray = next((name for name in datasets if name.startswith("-")), None)
         if stray or not datasets:
             raise click.UsageError(f"No such option: {stray}" if stray else "name a DATASET, or --for REPORT")
-        needs = [Need(name) for name in datasets]
+        needs = dataset_needs(datasets, options)
+
+    from ..extractors.plan import extract as run_extraction
+    from ..extractors.threads import set_threads
+    from ..lake import Lake
+    from .progress import Bars
+
     set_threads(threads)
     with Lake.open(lake_uri) as lake, Bars() as bars:
-        result = run_extraction(lake, run, needs, steps, progress=bars)
+        result = run_extraction(lake, run, needs, steps, progress=bars, device=device, batch_size=batch_size)
     made = {name: len(of) for name, of in result.made.items()}
     shown = {"lake": lake_uri, "run": run, "made": made, "standing": result.standing}
     click.echo(json.dumps({**shown, "rows": result.rows, "bytes": result.bytes}))
+
+
+def dataset_needs(datasets: Sequence[str], options: Mapping[str, tuple[str, ...]]) -> list[Need]:
+    """One need per dataset and combination of its options; raises UsageError for an option that none of them takes."""
+    for name, values in options.items():
+        takers = _DATASET_OPTIONS[name][0]
+        if values and not set(takers) & set(datasets):
+            raise click.UsageError(f"--{name.replace('_', '-')} is an option of {', '.join(takers)}")
+    needs = []
+    for dataset in dict.fromkeys(datasets):
+        combinations: list[dict[str, str]] = [{}]
+        for name, (takers, defaults) in _DATASET_OPTIONS.items():
+            if dataset in takers:
+                values = options[name] or defaults
+                combinations = [
+                    {**made, name: value} if value is not None else made
+                    for made in combinations
+                    for value in values
+                ]
+        needs += [Need(dataset, parameters) for parameters in combinations]
+    return needs
+
+
+def _as_arguments(options: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Options that `extract` and a report share, as they were typed: with --for they are the report's."""
+    return [
+        word
+        for name, values in options.items()
+        for value in values
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
 
 
 def report_needs(name: str, run: str, steps: str | None, arguments: Sequence[str]) -> list[Need]:
