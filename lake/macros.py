@@ -37,6 +37,14 @@ MACROS: dict[str, tuple[str, str]] = {
         "CASE WHEN count(*) FILTER (NOT isfinite(x)) > 0 THEN 'NaN'::DOUBLE "
         "ELSE stddev_pop(x::DOUBLE) FILTER (isfinite(x)) END",
     ),
+    "r_squared(actual, predicted)": (
+        "aggregate: 1 - Σ(actual - predicted)² / Σ(actual - mean)², nothing fitted, so it may be negative; null when the "
+        "actual ones do not vary (at most 1e-12), NaN when one is not finite",
+        "CASE WHEN count(*) FILTER (NOT isfinite(actual) OR NOT isfinite(predicted)) > 0 THEN 'NaN'::DOUBLE "
+        "WHEN var_pop(actual::DOUBLE) FILTER (isfinite(actual)) * count(actual) > 1e-12 THEN "
+        "1 - sum((actual::DOUBLE - predicted::DOUBLE)^2) FILTER (actual IS NOT NULL) "
+        "/ (var_pop(actual::DOUBLE) FILTER (isfinite(actual)) * count(actual)) END",
+    ),
     "positive_part(x)": (
         "max(0, x); null stays null",
         "CASE WHEN x IS NOT NULL THEN greatest(0, x) END",

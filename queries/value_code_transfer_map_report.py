@@ -1,0 +1,335 @@
+"""value-code-transfer-map-report: does the code at the support predict that at the prediction (definitions: part 4, B)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from ..lake import Lake
+from .chart import Trajectory
+from .markdown import number, percent
+from .report import ReportFailed, RowFile, TextTable
+from .results import Results
+from .value_code_report import ANSWER_VALUE, FINAL_NORM, ValueCodeReport, no_repeats
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .arrays.transfer_maps import Ends, Fitting
+
+Control = Literal["shuffled_answer_value", "wrong_support_value", "key_identity", "random_subspace"]
+_TRUE = "true_transfer"
+_DISTRACTORS, _SUPPORT_KEY = "value_distractors", "support_key"
+
+
+class ValueCodeTransferMapReport(ValueCodeReport):
+    """Does the value code at a source position predict the code at a target position, better than its controls?"""
+
+    source_stage: str = Field(..., description="residual stage of the source vectors")
+    target_stage: str = Field(..., description="residual stage of the target vectors")
+    source_position_role: str = Field(
+        ..., description="role whose positions are averaged into the source vector"
+    )
+    target_position_role: str = Field(
+        ..., description="role whose positions are averaged into the target vector"
+    )
+    group_by: str = Field(
+        ..., description="token that groups the vectors: position_token, answer_value, or that of a role"
+    )
+    basis_rank: tuple[PositiveInt, ...] = Field(
+        ..., min_length=1, description="rank of the identity bases between which maps are fitted"
+    )
+    control: tuple[Control, ...] = Field((), description="control evaluated beside the true transfer")
+    fit_fraction: float = Field(
+        0.75, gt=0, lt=1, description="share of the examples that fits bases and maps"
+    )
+    ridge_lambda: float = Field(
+        1e-4, ge=0, allow_inf_nan=False, description="ridge penalty, not scaled by examples"
+    )
+    random_seed: int = Field(0, ge=0, description="seed of control random_subspace")
+
+    row_files: ClassVar[Mapping[str, RowFile]] = {
+        "transfer_rows": RowFile("value_code_transfer_map_rows", "transfer_rows"),
+        "summary_rows": RowFile("value_code_transfer_map_summary_rows", "summary_rows"),
+        "subspace_rows": RowFile("value_code_transfer_map_subspaces", "subspace_rows"),
+        "pair_rows": RowFile("value_code_transfer_map_pairs", "pair_rows"),
+    }
+    tables = (
+        TextTable(
+            "top_summary",
+            "The true transfer and its controls, on held-out examples",
+            {
+                "step": "checkpoint_step",
+                "rank": "basis_rank",
+                "source": "eval_kind",
+                "rows": "num_rows",
+                "coordinate R²": "coord_r_squared",
+                "coordinate cosine": "mean_coord_cosine",
+                "centroid accuracy": "centroid_accuracy",
+                "of rows": "centroid_scored_rows",
+                "stage-lens accuracy": "predicted_stage_lens_value_accuracy",
+                "stage-lens margin": "mean_predicted_stage_lens_value_margin",
+            },
+            "Last step and highest rank first.",
+        ),
+    )
+    charts = (
+        Trajectory(
+            "coord_r_squared",
+            "r_squared_chart",
+            "How much of the target code the transfer and its controls predict",
+            about="R² of the target coordinates on held-out examples; below −1 drawn at −1",
+            y="coord_r_squared",
+            y_title="coordinate R²",
+            series="eval_kind",
+            panel="panel",
+        ),
+        Trajectory(
+            "centroid_accuracy",
+            "centroid_chart",
+            "How often the predicted code is nearest to the right value's",
+            about="cosine with the mean target code of each value, held-out examples",
+            y="centroid_accuracy",
+            y_title="centroid accuracy",
+            series="eval_kind",
+            panel="panel",
+            y_domain=(0, 1),
+        ),
+    )
+    how_to_read = (
+        "One example per query event. SHA-256 of sample_id:query_index decides which examples fit bases and maps and which "
+        "judge them (eval): the same ones at every step and rank. All numbers are of eval examples.",
+        "Coordinates are those on the identity bases (top directions of the token means of the fit examples), not centred. "
+        "The map is affine, fitted with a ridge penalty that is not scaled by the number of examples; its offset is free.",
+        "true_transfer: each example's own source. shuffled_answer_value: the next eval example's source, same map. "
+        "wrong_support_value: the mean of the value distractors up to the prediction, same map. key_identity: the "
+        "support key's vector on its own basis, map fitted anew. random_subspace: the true source on random directions, map "
+        "fitted anew.",
+        "random_subspace shows what any directions of the source predict, not what no information would. It is drawn with "
+        "numpy's default generator, seed random_seed + 1009·step + 9176·rank: a report has no torch, whose generator gives "
+        "other directions for the same seed.",
+        "R² is 1 − Σ squared error / Σ squared distance from the eval mean: 0 is as good as that mean, controls often lie "
+        "far below it. The stage lens reads the predicted code alone, without the rest of the residual stream, so its "
+        "margin is not the model's.",
+        "Groups in the rows are those of the example itself, whichever source a control gives it.",
+    )
+    next_queries = (
+        (
+            "What the model itself reads at the stages of the prediction position:",
+            "SELECT step, stage, avg(value_margin) AS value_margin FROM readouts WHERE run = $run GROUP BY ALL ORDER BY ALL",
+        ),
+    )
+    example: ClassVar[str] = (
+        "lakebed query value-code-transfer-map-report --lake demo.lake --run demo --source-stage layer_0_post_mlp "
+        "--target-stage layer_1_post_mlp --source-position-role support_value --target-position-role prediction "
+        "--group-by answer_value --basis-rank 4 --control shuffled_answer_value --control random_subspace --out transfer"
+    )
+    demo_options: ClassVar[Mapping[str, Any]] = {
+        "source_stage": "layer_0_post_mlp",
+        "target_stage": "layer_1_post_mlp",
+        "source_position_role": "support_value",
+        "target_position_role": "prediction",
+        "group_by": ANSWER_VALUE,
+        "basis_rank": (2, 4),
+        "control": ("shuffled_answer_value", "random_subspace"),
+    }
+
+    @field_validator("basis_rank", "control")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return no_repeats(values)
+
+    def stages_read(self) -> tuple[str, ...]:
+        """Source and target."""
+        return (self.source_stage, self.target_stage)
+
+    def roles_read(self) -> tuple[str, ...]:
+        """Source and target, and those of the controls asked for."""
+        extra = {"wrong_support_value": _DISTRACTORS, "key_identity": _SUPPORT_KEY}
+        controls = (extra[control] for control in self.control if control in extra)
+        return (self.source_position_role, self.target_position_role, *controls)
+
+    def groupings(self) -> tuple[str, ...]:
+        """--group-by, and the key where its control is asked for."""
+        return (self.group_by, *((_SUPPORT_KEY,) if "key_identity" in self.control else ()))
+
+    def parameters(self) -> dict[str, Any]:
+        """Adds `eval_kinds`, in order."""
+        return {**super().parameters(), "eval_kinds": [_TRUE, *self.control]}
+
+    def arrays(self, name: str, results: Results) -> Mapping[str, Any]:
+        """Section `transfers`: one row per (step, rank, kind of source), lists with one entry per eval example."""
+        from .arrays.lists import RowsOfLists
+        from .arrays.transfer_maps import transfers
+
+        fit, evaluated = self._split(results)
+        rows = RowsOfLists()
+        for step, ends in self._ends(results):
+            fitting = _fitting(fit, evaluated, self.ridge_lambda, self.random_seed + 1009 * step)
+            try:
+                for row in transfers(ends, fitting, self.basis_rank, self.control):
+                    kind = results.parameters["eval_kinds"].index(row["eval_kind"])
+                    rows.add({"step": step, "kind_order": kind, **row})
+            except ReportFailed as error:
+                raise ReportFailed(f"{self.report_name()}, step {step}: {error}") from error
+        return rows.columns()
+
+    def _split(self, results: Results) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Places of the fit and of the eval examples."""
+        import numpy as np
+
+        sides = np.array(
+            results.arrow("SELECT fit_split FROM split_examples ORDER BY place")["fit_split"].to_pylist()
+        )
+        fit, evaluated = np.flatnonzero(sides == "fit"), np.flatnonzero(sides == "eval")
+        if not len(fit) or not len(evaluated):
+            raise ReportFailed(
+                f"{self.report_name()}: of {len(sides)} examples {len(fit)} fit and {len(evaluated)} judge the map, and "
+                "both must have some; change --fit-fraction, --split or --max-records"
+            )
+        return fit, evaluated
+
+    def _ends(self, results: Results) -> Iterator[tuple[int, Ends]]:
+        """(step, vectors of both ends and of the controls), one step at a time, so that memory does not grow with steps."""
+        from .arrays.transfer_maps import Ends, Side
+
+        candidates = self.candidates(results)
+        lens = self.lens(results, candidates.tokens)
+        source = self.places(results, self.source_position_role)
+        target = self.places(results, self.target_position_role)
+        wrong = self.places(results, _DISTRACTORS, True) if "wrong_support_value" in self.control else None
+        key = self.places(results, _SUPPORT_KEY) if "key_identity" in self.control else None
+        tokens = {
+            "source": self.group_tokens(results, self.group_by, source),
+            "target": self.group_tokens(results, self.group_by, target),
+        }
+        keys = None if key is None else self.group_tokens(results, _SUPPORT_KEY, key)
+        for step in results.steps:
+            at_source = self.stored(results, self.source_stage, step)
+            at_target = (
+                at_source
+                if self.target_stage == self.source_stage
+                else self.stored(results, self.target_stage, step)
+            )
+            yield (
+                step,
+                Ends(
+                    Side(
+                        source.means(at_source),
+                        tokens["source"],
+                        self.group_by,
+                        self.source_stage,
+                        self.source_position_role,
+                    ),
+                    Side(
+                        target.means(at_target),
+                        tokens["target"],
+                        self.group_by,
+                        self.target_stage,
+                        self.target_position_role,
+                    ),
+                    None if wrong is None else wrong.means(at_source),
+                    None
+                    if key is None or keys is None
+                    else Side(key.means(at_source), keys, _SUPPORT_KEY, self.source_stage, _SUPPORT_KEY),
+                    lens(step),
+                    self.target_stage == FINAL_NORM,
+                    candidates,
+                ),
+            )
+
+    def warnings(self, results: Results) -> list[str]:
+        """How often the shuffle changes nothing."""
+        found = results.first(
+            "SELECT count(*) AS examples, count(*) FILTER (source_has_same_answer) AS same FROM (SELECT DISTINCT sample_id, "
+            "query_index, source_has_same_answer FROM transfer_rows WHERE eval_kind = 'shuffled_answer_value')"
+        )
+        if found is None or not found["same"]:
+            return []
+        return [
+            f"The shuffle gives {found['same']} of {found['examples']} eval examples a source with the same answer "
+            f"({percent(found['same'] / found['examples'])}), where a right map is right: they are kept, and marked "
+            "source_has_same_answer."
+        ]
+
+    def findings(self, results: Results) -> list[str]:
+        """Whether the true map beats all its controls, by how much, and from which step on."""
+        top = max(self.basis_rank)
+        rows = results.rows(
+            "FROM against_controls WHERE basis_rank = $rank ORDER BY checkpoint_step", rank=top
+        )
+        last = rows[-1]
+        ends = (
+            f"{self.source_stage} / {self.source_position_role} → {self.target_stage} / {self.target_position_role}, step "
+            f"{last['checkpoint_step']}, rank {top}"
+        )
+        predicted = (
+            f"{ends}: the true transfer predicts the target code with R² **{number(last['true_r_squared'])}** and centroid "
+            f"accuracy **{percent(last['true_accuracy'])}** on held-out examples"
+        )
+        if not self.control:
+            return [
+                f"{predicted}. No --control was asked for, so nothing says how much of that any source would give."
+            ]
+        return [predicted + self._margin(last), self._since(rows, top), *self._other_ranks(results, top)]
+
+    def _margin(self, row: dict[str, Any]) -> str:
+        verdict = (
+            "it beats all its controls" if row["beats_controls"] else "it does **not** beat all its controls"
+        )
+        parts = []
+        if row["control_r_squared"] is not None and row["true_r_squared"] is not None:
+            parts.append(
+                f"R² {number(row['true_r_squared'] - row['control_r_squared'])} above the best, "
+                f"{row['control_by_r_squared']} ({number(row['control_r_squared'])})"
+            )
+        if row["control_accuracy"] is not None and row["true_accuracy"] is not None:
+            parts.append(
+                f"accuracy {number(100 * (row['true_accuracy'] - row['control_accuracy']))} points above the best, "
+                f"{row['control_by_accuracy']} ({percent(row['control_accuracy'])})"
+            )
+        return f"; {verdict}: {', '.join(parts)}."
+
+    def _since(self, rows: list[dict[str, Any]], rank: int) -> str:
+        since = None
+        for row in reversed(rows):
+            if not row["beats_controls"]:
+                break
+            since = row["checkpoint_step"]
+        if since is None:
+            return f"At rank {rank} it is not ahead of all its controls in both R² and accuracy at the last step."
+        return f"At rank {rank} it is ahead of all its controls, in R² and in accuracy, from step **{since}** to the last."
+
+    def _other_ranks(self, results: Results, top: int) -> list[str]:
+        rows = results.rows(
+            "FROM against_controls WHERE basis_rank <> $rank AND checkpoint_step = (SELECT max(checkpoint_step) FROM "
+            "against_controls) ORDER BY basis_rank",
+            rank=top,
+        )
+        if not rows:
+            return []
+        listed = "; ".join(
+            f"rank {row['basis_rank']} R² {number(row['true_r_squared'])} (best control {number(row['control_r_squared'])})"
+            for row in rows
+        )
+        return [f"At the other ranks, last step: {listed}."]
+
+    def facts(self, lake: Lake, results: Results) -> dict[str, Any]:
+        """The formulas in words."""
+        return {
+            "calculation": {
+                "fit_split": "fit if the first 8 bytes of sha256('sample_id:query_index') / (2^64 - 1) < fit_fraction",
+                "map": "W = (A'A + lambda I)^-1 A'Z on centred fit coordinates; zhat = (a - mean a) W + mean z",
+                "coord_r_squared": "1 - sum |zhat - z|^2 / sum |z - mean of eval z|^2",
+                "random_subspace": "Q of the QR of numpy.random.default_rng(random_seed + 1009 step + 9176 rank) normals",
+            }
+        }
+
+
+def _fitting(fit: NDArray[np.int64], evaluated: NDArray[np.int64], ridge: float, seed: int) -> Fitting:
+    from .arrays.transfer_maps import Fitting
+
+    return Fitting(fit, evaluated, ridge, seed)
