@@ -186,7 +186,12 @@ def _ask(lake: Lake, query: str, parameters: dict[str, Any]) -> list[tuple[Any, 
 
 def _too_few(report: PairOptions, short: Mapping[str, int], skips: list[tuple[Any, ...]]) -> str:
     counted = ", ".join(f"{pair_type} {n}" for pair_type, n in short.items())
-    reasons = ", ".join(f"{reason} {count}" for pair_type, reason, count in skips if pair_type in short)
+    reasons = ", ".join(
+        f"{pair_type} {reason} {count}"
+        for wanted in short
+        for pair_type, reason, count in skips
+        if pair_type == wanted
+    )
     where = f" of split {', '.join(report.split)}" if report.split else ""
     return (
         f"Failed to construct the requested minimum causal patch pairs: {counted}, and at least {report.min_pairs_per_type} "

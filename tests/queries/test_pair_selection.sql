@@ -1,0 +1,2 @@
+-- rows: sides
+SELECT * FROM pair_sides
