@@ -75,9 +75,7 @@ def _dataset_option(name: str, metavar: str, about: str) -> Callable[[Any], Any]
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps, for forward passes.")
 @threads_option
-@click.pass_context
 def extract(
-    context: click.Context,
     datasets: tuple[str, ...],
     report: str | None,
     lake_uri: str,
@@ -129,7 +127,7 @@ def dataset_needs(datasets: Sequence[str], options: Mapping[str, tuple[str, ...]
         combinations: list[dict[str, str]] = [{}]
         for name, (takers, defaults) in _DATASET_OPTIONS.items():
             if dataset in takers:
-                values = options[name] or defaults
+                values: tuple[str | None, ...] = options[name] or defaults
                 combinations = [
                     {**made, name: value} if value is not None else made
                     for made in combinations
