@@ -51,11 +51,11 @@ def find_source(folder: str | Path, config: RunConfig | None = None, step: int |
     if theirs is not None:
         info = RunInfo(source="import", adapter=theirs.family, config=theirs.config, store="checkpoints")
         return Source(theirs.files, info, theirs.adapter)
+    files = {step_of(path): path for path in find_checkpoints(folder)}
     if step is not None:
         raise CheckpointError(
-            f"--step is for a folder with one config.json and one model.safetensors; {folder} is none"
+            f"--step is for a folder with config.json and one model.safetensors; the files of {folder} name their steps"
         )
-    files = {step_of(path): path for path in find_checkpoints(folder)}
     if config is None:
         return Source(files)
     text = config.canonical_json()

@@ -84,12 +84,11 @@ class GPT2Config:
             raise UnsupportedModel(
                 f"adapter gpt2 cannot run activation_function={config.activation_function!r}; it has {', '.join(_GELU)}"
             )
-        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "d_mlp")
-        for size in sizes:
-            if not isinstance(getattr(config, size), int) or getattr(config, size) < 1:
-                raise UnsupportedModel(
-                    f"{size} of a gpt2 config is a positive number, not {held.get(size)!r}"
-                )
+        for size in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = getattr(config, size)
+            given = value is not None or size != "n_inner"
+            if given and (not isinstance(value, int) or value < 1):
+                raise UnsupportedModel(f"{size} of a gpt2 config is a positive number, not {value!r}")
         if config.n_embd % config.n_head:
             raise UnsupportedModel(
                 f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads"
