@@ -91,8 +91,9 @@ class ContextualKeySeparability(ContextualReport, WindowOptions):
         "Vectors are the raw residual stream, without LayerNorm and uncentred, projected on the first `projection_rank` "
         "singular directions of the same checkpoint's W_QK: `qk_left` query side, `qk_right` key side, `qk_both` an "
         "orthonormal basis of both together.",
-        "The ratio sums over dimensions and weighs every vector the same. With the groups drawn by lot it would be "
-        "(groups − 1) / (vectors − groups) on average, in any projection: `chance_separation_ratio`.",
+        "The ratio sums over dimensions and weighs every vector the same. With the groups drawn by lot, the "
+        "variance between is (groups − 1) / (vectors − 1) of the whole on average, in any projection, and the ratio about "
+        "(groups − 1) / (vectors − groups): `chance_separation_ratio`.",
         "Nearest centroid leaves each vector out of its own group's centroid. Always naming the largest group is right in "
         "`largest_group_share`.",
         "With `--permutations N` the group labels are shuffled N times: columns `…_permuted_mean`, `_std`, "

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from .chart import Trajectory
 from .contextual_report import POSITION_TOKEN, ContextualReport, RoleSpec
 from .markdown import number
-from .report import RowFile, TextTable
+from .report import ReportFailed, RowFile, TextTable
 from .results import Results
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..lake import Lake
+    from .arrays import Groups, IdentitySubspace
     from .contextual_report import Directions
 
 SIDES = {"left": "query-side", "right": "key-side"}
@@ -189,8 +190,7 @@ class ContextualSVDAlignment(ContextualReport):
             top = {"left": of_step.left[: self.top_ranks], "right": of_step.right[: self.top_ranks]}
             for label, context in contexts.items():
                 vectors = residuals.at(context.rows)
-                what = f"{self.report_name()}: role {label!r} at step {step}"
-                space = arrays.identity_subspace(vectors, groups[label], self.pca_rank, what)
+                space = self._subspace(vectors, groups[label], f"role {label!r} at step {step}")
                 row: dict[str, Any] = {
                     "step": step,
                     "role": label,
@@ -219,6 +219,14 @@ class ContextualSVDAlignment(ContextualReport):
                     }
                 rows.append(row)
         return arrays.as_columns(rows)
+
+    def _subspace(self, vectors: NDArray[np.float64], groups: Groups, what: str) -> IdentitySubspace:
+        from .arrays import identity_subspace
+
+        try:
+            return identity_subspace(vectors, groups, self.pca_rank, what)
+        except ReportFailed as error:
+            raise ReportFailed(f"{self.report_name()}: {error}") from error
 
     def warnings(self, results: Results) -> list[str]:
         """Where directions swapped ranks, so that a rank is not one direction."""
@@ -275,21 +283,28 @@ class ContextualSVDAlignment(ContextualReport):
             "ORDER BY checkpoint_step",
             label=best["role"],
         )
-        text = (
-            f"**The first {SIDES[side]} direction of {self.head_label} aligns most with the identity of "
-            f"{best['role']}**: overlap {number(best[overlap])} at step {best['checkpoint_step']}, where a random "
-            f"direction has {number(self._chance_overlap(results))}"
+        chance = self._chance_overlap(results)
+        p_value = best[f"{overlap}_permuted_p_value"]
+        verdict = (
+            f"aligns most with the identity of {best['role']}"
+            if (p_value <= 0.05 if self.permutations else best[overlap] > chance)
+            else f"aligns with no role's identity beyond {'shuffled labels' if self.permutations else 'chance'}; the "
+            f"nearest is {best['role']}"
         )
-        if len(rows) > 1:
-            peak = max(rows, key=lambda row: float(row["overlap"]))
-            text += f"; {number(rows[0]['overlap'])} at step {rows[0]['step']}"
-            if peak is not rows[-1]:
-                text += f", {number(peak['overlap'])} at most (step {peak['step']})"
+        text = (
+            f"**The first {SIDES[side]} direction of {self.head_label} {verdict}**: overlap {number(best[overlap])} at step "
+            f"{best['checkpoint_step']}, where a random direction has {number(chance)}"
+        )
         if self.permutations:
             text += (
-                f". Shuffled labels reach {number(best[f'{overlap}_permuted_mean'])} on average "
-                f"(p = {number(best[f'{overlap}_permuted_p_value'])})"
+                f" and shuffled labels reach {number(best[f'{overlap}_permuted_mean'])} on average (p = "
+                f"{number(p_value)})"
             )
+        if len(rows) > 1:
+            peak = max(rows, key=lambda row: float(row["overlap"]))
+            text += f". It was {number(rows[0]['overlap'])} at step {rows[0]['step']}"
+            if peak is not rows[-1] and peak is not rows[0]:
+                text += f" and {number(peak['overlap'])} at most, at step {peak['step']}"
         return f"{text}."
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Stored vectors are float32; a rank counts what stands above the rounding of that, not of our float64.
 STORED_EPSILON = float(np.finfo(np.float32).eps)
+# A mean this much shorter than what it is the mean of is zero but for rounding.
+NO_LENGTH = 1e-14
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def mean_direction(vectors: NDArray[np.float64], what: str) -> NDArray[np.float6
     """Unit mean of the rows, Float64[n, d] -> Float64[d]; raises ReportFailed where the mean is zero."""
     mean = vectors.mean(0)
     length = float(np.linalg.norm(mean))
-    if length == 0.0:
+    if length <= NO_LENGTH * float(np.linalg.norm(vectors, axis=1).mean()):
         raise ReportFailed(f"the mean of the {what} is the zero vector, which has no direction")
     direction: NDArray[np.float64] = mean / length
     return direction

@@ -50,13 +50,13 @@ def make_records(examples, rng, keys=KEYS, values=VALUES):
 
 
 def make_contextual_lake(
-    path, steps, d_model=12, examples=24, seed=5, change=None, layouts=("roles",), **records
+    path, steps, d_model=12, examples=24, seed=5, change=None, change_svd=None, layouts=("roles",), **records
 ):
     """The lake with what it holds beside it: `events` (dicts), `residuals[step, stage]` Float32[example, position, d].
 
-    `change(events, residuals)` edits them first.
+    `change(events, residuals)` edits them first, and `change_svd` what `make_svd_lake` decomposed.
     """
-    made = make_svd_lake(path, steps, d_model=d_model, seed=seed)
+    made = make_svd_lake(path, steps, d_model=d_model, seed=seed, change=change_svd)
     rng = np.random.default_rng(seed)
     events = list(make_records(examples, rng, **records))
     number = 1 + events[-1]["example"]
@@ -98,6 +98,8 @@ def _write(lake, run, steps, events, residuals, readouts, layouts):
                     "head": head,
                     "row_start": 0,
                     "row_stop": 1,
+                    "column_start": 0,
+                    "column_stop": 1,
                 }
                 for layer in range(2)
                 for head in range(2)

@@ -148,7 +148,7 @@ def test_rank_counts_what_float32_can_hold():
     assert np.linalg.matrix_rank(rounded - rounded.mean(0)) == 10
     assert arrays.principal_directions(rounded, 3, "vectors").centered_rank == 3
     with pytest.raises(
-        ReportFailed, match="PCA rank 4 exceeds the numerical rank 3 of the centred vectors; take at most 3"
+        ReportFailed, match=r"PCA rank 4 exceeds the numerical rank 3 of the centred vectors; take at most 3"
     ):
         arrays.principal_directions(rounded, 4, "vectors")
 
@@ -162,7 +162,7 @@ def test_subspace_errors_name_the_limit():
         arrays.identity_subspace(vectors, groups, 4, "role x")
     with pytest.raises(ReportFailed, match="at least 1, not 0"):
         arrays.principal_directions(vectors, 0, "rows")
-    with pytest.raises(ReportFailed, match="numerical rank 0 .* nothing to decompose"):
+    with pytest.raises(ReportFailed, match=r"numerical rank 0 .* nothing to decompose"):
         arrays.principal_directions(np.ones((5, 3)), 1, "rows")
     with pytest.raises(ReportFailed, match="zero vector"):
         arrays.mean_direction(np.array([[1.0, 2], [-1, -2]]), "rows")
@@ -193,7 +193,8 @@ def test_match_directions_sees_through_swaps_and_signs():
     assert index.tolist() == order
     np.testing.assert_allclose(alike, 1, rtol=1e-12)
     index, alike = arrays.match_directions((left[:1], right[:1]), (left, right))
-    assert index.tolist() == [0, -1, -1, -1] and np.isnan(alike[1:]).all()
+    assert index.tolist() == [0, -1, -1, -1]
+    assert np.isnan(alike[1:]).all()
     # A direction shared on one side only is not the same one.
     index, alike = arrays.match_directions((left[:2], right[:2]), (left[:2], right[[1, 0]]))
     np.testing.assert_allclose(alike, 0, atol=1e-12)
@@ -245,7 +246,8 @@ def test_against_chance():
     sampled = np.array([0.1, 0.5, 0.5 + 1e-16, 0.9])
     found = arrays.against_chance(0.5, sampled)
     assert found.p_value == (1 + 3) / (1 + 4)
-    assert found.mean == pytest.approx(0.5) and found.std == pytest.approx(np.sqrt(0.08))
+    assert found.mean == pytest.approx(0.5)
+    assert found.std == pytest.approx(np.sqrt(0.08))
     assert found.percentile_95 == pytest.approx(0.5 + 0.85 * 0.4)
     assert arrays.chance_columns("x", 0.5, sampled)["x_permuted_p_value"] == 0.8
     assert set(arrays.chance_columns("x", 0.5, None).values()) == {None}
@@ -271,7 +273,8 @@ def test_leave_one_out_cosines():
     ids[4] = 99
     found = arrays.leave_one_out_cosines(vectors, arrays.group_by_token(ids), "role")
     for i, (scored, prediction, own, wrong) in enumerate(slow_cosines(vectors, ids)):
-        assert found.scored[i] == scored and found.prediction[i] == prediction
+        assert found.scored[i] == scored
+        assert found.prediction[i] == prediction
         assert found.correct[i] == (scored and prediction == ids[i])
         if scored:
             assert found.true_cosine[i] == pytest.approx(own, rel=1e-12)
@@ -334,4 +337,5 @@ def test_matrix_refuses_ragged_and_null_rows():
 def test_stack_by_keeps_order():
     found = arrays.stack_by(["b", "a", "b"], np.array([1, 2, 3]), np.array([[1], [2], [3]]))
     assert list(found) == ["b", "a"]
-    assert found["b"][0].tolist() == [1, 3] and found["b"][1].tolist() == [[1], [3]]
+    assert found["b"][0].tolist() == [1, 3]
+    assert found["b"][1].tolist() == [[1], [3]]
