@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 def draw(chart: Chart, results: Results, folder: Path, formats: Sequence[str]) -> dict[str, str]:
     """Writes `<report>_<chart>.<format>` into `folder`; returns file names by format, none when there is no row."""
     frame = results.frame(chart.view)
+    if isinstance(chart, Trajectory):
+        # What a run lacks altogether has no chart, and no panel.
+        frame = frame.filter(pl.col(chart.y).cast(pl.Float64).is_finite())
+        if isinstance(chart.highlight, str):
+            chart = replace(chart, highlight=getattr(results.report, chart.highlight))
     if frame.is_empty():
         return {}
-    if isinstance(chart, Trajectory) and isinstance(chart.highlight, str):
-        chart = replace(chart, highlight=getattr(results.report, chart.highlight))
     stem = f"{results.report.file_stem()}_{chart.name}"
     specs: dict[bool, str] = {}
     written: dict[str, str] = {}
@@ -92,7 +95,8 @@ def _trajectory(chart: Trajectory, frame: pl.DataFrame, interactive: bool) -> tu
     together = [min(lines.x_domain[0] for lines in parts), max(lines.x_domain[1] for lines in parts)]
     panels = [
         _panel(
-            chart,
+            # The axes are the same, so only the last needs its title.
+            chart if lines is parts[-1] else replace(chart, x_title=""),
             replace(lines, x_domain=together),
             chart.panel_titles.get(name, str(name)),
             name in chart.log_panels,
@@ -101,9 +105,9 @@ def _trajectory(chart: Trajectory, frame: pl.DataFrame, interactive: bool) -> tu
         )
         for name, lines in zip(names, parts, strict=True)
     ]
-    return alt.vconcat(*panels, spacing=18), list(
-        dict.fromkeys(note for lines in parts for note in lines.notes)
-    )
+    # Each panel has series of its own; with one scale for all, theirs would share colours.
+    stacked_panels = alt.vconcat(*panels, spacing=18).resolve_scale(color="independent")
+    return stacked_panels, list(dict.fromkeys(note for lines in parts for note in lines.notes))
 
 
 def _panel(chart: Trajectory, lines: Lines, y_title: str, log_y: bool, interactive: bool, height: int) -> Any:

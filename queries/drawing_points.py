@@ -124,7 +124,7 @@ def grid(chart: Grid, frame: pl.DataFrame, interactive: bool) -> tuple[Any, Note
         axis=alt.Axis(grid=False, ticks=False, labelAngle=-40, labelLimit=200),
     )
     y = alt.Y("row:N", title=None, sort=rows, axis=alt.Axis(grid=False, ticks=False, labelLimit=220))
-    scale = alt.Scale(domain=[low, (low + high) / 2, high], range=list(_SHADES))
+    scale = alt.Scale(domain=[low, (low + high) / 2, high], range=list(_SHADES), interpolate="rgb")
     boxes = base.mark_rect(stroke="white", strokeWidth=0.5).encode(
         x=x,
         y=y,

@@ -23,7 +23,7 @@ def steps_axis(field: str, title: str, domain: Sequence[float], grid: bool = Tru
     scale = alt.Scale(domain=list(domain), nice=False)
     return alt.X(
         f"{field}:Q",
-        title=title,
+        title=title or None,
         scale=scale,
         axis=alt.Axis(format="~d", tickMinStep=1, tickCount=10, grid=grid),
     )

@@ -32,7 +32,6 @@ _COMPONENTS = {
     "DLA (differentiated)": "direct_margin_contribution_mean",
     "events with DLA > 0": "direct_margin_contribution_positive_fraction",
     "frozen-scale contribution": "frozen_margin_contribution_mean",
-    "of the margin": "frozen_share_of_margin",
 }
 # Largest |Σ frozen − margin| / (1 + Σ|frozen|) that float32 rounding explains.
 _CLOSURE_TOLERANCE = 1e-4

@@ -1,6 +1,7 @@
 """Charts without a step axis: scatter plots and grids."""
 
 import json
+import re
 
 import polars as pl
 import pytest
@@ -124,3 +125,22 @@ def test_series_are_ranked_by_where_they_end():
     assert by_last.names == ["flat", "up"]
     assert by_last.notes == ["2 of 3 series in colour, because they end highest"]
     assert by_size.names == ["down"]
+
+
+def test_each_panel_colours_its_own_series():
+    frame = pl.DataFrame(
+        {
+            "step": [1, 2] * 3,
+            "panel": ["a", "a", "b", "b", "b", "b"],
+            "name": ["one", "one", "two", "two", "three", "three"],
+            "value": [1.0, 2.0, 3.0, 4.0, 5.0, 7.0],
+        }
+    )
+    chart = Trajectory("t", "v", "T", series="name", panel="panel", x_title="training step")
+    spec = json.dumps(specification(chart, frame, "about", False))
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=theme.vega_lite_version())
+    coloured = {
+        name: re.search(rf'<text[^>]*fill="(#\w+)"[^>]*>{name}</text>', svg)[1] for name in ("two", "three")
+    }
+    assert coloured["two"] != coloured["three"]
+    assert svg.count(">training step<") == 1
