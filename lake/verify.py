@@ -6,6 +6,7 @@ that no receipt names are counted but are no damage: a writer that was killed, o
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import codec
-from .datasets import RECORDED
+from .datasets import PROBE, RECORDED
 from .errors import LakebedError
 from .names import content_hash
 from .receipts import FOLDER, FileEntry, Receipt, receipt_key
@@ -91,6 +92,12 @@ def remedy_for(receipt: Receipt) -> str:
         return (
             "restore the file from a copy of the lake; what was recorded while training cannot be made anew, only "
             "recorded again under another run name"
+        )
+    if receipt.dataset == PROBE:
+        name = json.loads(receipt.parameters).get("probe")
+        return (
+            f"remove {receipt.key}, then give again the `lakebed probe build` or `lakebed probe import` that made probe "
+            f"{name!r} of run {receipt.run!r}"
         )
     return (
         f"remove {receipt.key}, then run `lakebed extract {receipt.dataset} --run {receipt.run}` again: "

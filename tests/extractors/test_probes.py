@@ -212,6 +212,24 @@ def test_every_file_is_whole_and_every_key_stands_once(probed_lake):
     assert verify(probed_lake).damaged == []
 
 
+def test_a_damaged_probe_is_mended_by_making_it_again(kv_lake, benchmark_data):
+    asked = {"splits": SPLITS, "examples_per_split": 2, "benchmark": benchmark_data}
+    first = build_probe(kv_lake, "kv", "mine", **asked)
+    (receipt,) = kv_lake.receipts.all("kv", "probe")
+    path = next(entry.path for entry in receipt.files if entry.path.startswith("tables/positions/"))
+    kv_lake.storage.remove(path)
+    (damage,) = verify(kv_lake).damaged
+    assert damage.path == path
+    assert damage.remedy == (
+        f"remove {receipt.key}, then give again the `lakebed probe build` or `lakebed probe import` that made probe "
+        "'mine' of run 'kv'"
+    )
+    kv_lake.storage.remove(receipt.key)
+    with Lake.open(kv_lake.uri) as mended:
+        assert vars(build_probe(mended, "kv", "mine", **asked)) == vars(first)
+        assert verify(mended).damaged == []
+
+
 def test_the_same_again_does_nothing(probed, probed_lake):
     probed_lake.refresh()
     before = [receipt.unit for receipt in probed_lake.receipts.all("kv")]
