@@ -20,11 +20,11 @@ class WindowOptions(Report):
     @model_validator(mode="after")
     def _is_window(self) -> Self:
         if (self.window_start is None) != (self.window_end is None):
-            raise ValueError("--window-start and --window-end must be given together")
+            raise ValueError("--window-start and --window-end come together")
         if (
             self.window_start is not None
             and self.window_end is not None
             and self.window_start > self.window_end
         ):
-            raise ValueError(f"--window-start {self.window_start} is after --window-end {self.window_end}")
+            raise ValueError(f"--window-start {self.window_start} lies after --window-end {self.window_end}")
         return self

@@ -361,9 +361,9 @@ def test_errors_name_what_there_is(made, tmp_path, options, kind, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window_start": 5}, "--window-start and --window-end must be given together"),
-        ({"window_end": 5}, "--window-start and --window-end must be given together"),
-        ({"window_start": 6, "window_end": 5}, "--window-start 6 is after --window-end 5"),
+        ({"window_start": 5}, "--window-start and --window-end come together"),
+        ({"window_end": 5}, "--window-start and --window-end come together"),
+        ({"window_start": 6, "window_end": 5}, "--window-start 6 lies after --window-end 5"),
         ({"projection_rank": 0}, "--projection-rank should be greater than 0"),
         ({"context_stage": None}, "--context-stage is required"),
         ({"batch_size": 16}, "no option --batch-size"),
