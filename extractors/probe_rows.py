@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..engine.probe import Probe, ProbeEvent, ProbeRecord
@@ -42,17 +42,8 @@ def write_probe(
     )
     writer.rows("probe_examples", _example_rows(name, probe))
     writer.rows("events", _event_rows(name, probe))
-    writer.rows("positions", _columns(_POSITION_COLUMNS, _position_rows(name, probe)))
-    writer.rows("activation_rows", _columns(_ACTIVATION_COLUMNS, _activation_rows(name, probe)))
-
-
-_POSITION_COLUMNS = ("probe", "event", "kind", "role", "position", "token", "text")
-_ACTIVATION_COLUMNS = ("probe", "layout", "row", "example", "position")
-
-
-def _columns(names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
-    """Tuples as columns: hundreds of thousands of dicts would take longer than all the rest."""
-    return {name: list(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+    writer.rows("positions", _position_columns(name, probe))
+    writer.rows("activation_rows", _activation_columns(name, probe))
 
 
 def _events(probe: Probe) -> Iterator[tuple[int, int, int, ProbeRecord, ProbeEvent]]:
@@ -96,27 +87,49 @@ def _event_rows(name: str, probe: Probe) -> list[dict[str, Any]]:
     ]
 
 
-def _position_rows(name: str, probe: Probe) -> Iterator[tuple[Any, ...]]:
+def _position_columns(name: str, probe: Probe) -> dict[str, list[Any]]:
+    """Columns and no row objects: there are hundreds of thousands of rows."""
+    events: list[int] = []
+    kinds: list[str] = []
+    roles: list[str] = []
+    positions: list[int] = []
+    tokens: list[int] = []
     for number, _, _, record, event in _events(probe):
-        tokens = record.token_ids
-        texts = [probe.text(token) for token in tokens]
-        for role, positions in event.roles.items():
-            for position in positions:
-                yield name, number, "role", role, position, tokens[position], texts[position]
-        for position, role in event.partition.items():
-            yield name, number, "partition", role, position, tokens[position], texts[position]
+        before = len(positions)
+        for role, held in event.roles.items():
+            roles += [role] * len(held)
+            positions += held
+        kinds += ["role"] * (len(positions) - before)
+        roles += event.partition.values()
+        positions += event.partition
+        kinds += ["partition"] * len(event.partition)
+        tokens += [record.token_ids[position] for position in positions[before:]]
+        events += [number] * (len(positions) - before)
+    return {
+        "probe": [name] * len(events),
+        "event": events,
+        "kind": kinds,
+        "role": roles,
+        "position": positions,
+        "token": tokens,
+        "text": [probe.text(token) for token in tokens],
+    }
 
 
-def _activation_rows(name: str, probe: Probe) -> Iterator[tuple[Any, ...]]:
+def _activation_columns(name: str, probe: Probe) -> dict[str, list[Any]]:
     """Layout `roles`: positions with a role in some event of their record; layout `all`: every position."""
-    row = 0
-    for example, record in enumerate(probe.records):
-        held = {position for event in record.events for of in event.roles.values() for position in of}
-        for position in sorted(held):
-            yield name, "roles", row, example, position
-            row += 1
-    row = 0
-    for example, record in enumerate(probe.records):
-        for position in range(len(record.token_ids)):
-            yield name, "all", row, example, position
-            row += 1
+    columns: dict[str, list[Any]] = {"layout": [], "row": [], "example": [], "position": []}
+    for layout in ("roles", "all"):
+        row = 0
+        for example, record in enumerate(probe.records):
+            held = _named_positions(record) if layout == "roles" else range(len(record.token_ids))
+            columns["layout"] += [layout] * len(held)
+            columns["row"] += range(row, row + len(held))
+            columns["example"] += [example] * len(held)
+            columns["position"] += held
+            row += len(held)
+    return {"probe": [name] * len(columns["row"]), **columns}
+
+
+def _named_positions(record: ProbeRecord) -> list[int]:
+    return sorted({position for event in record.events for of in event.roles.values() for position in of})

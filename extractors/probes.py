@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,7 @@ def _pairs(task: PairTask, name: str, records: Sequence[Record], limit: int) -> 
 
 
 def _pair_columns(pair: Pair) -> dict[str, Any]:
-    return {**asdict(pair), "mutation": canonical_json(dict(pair.mutation))}
+    return {**vars(pair), "mutation": canonical_json(dict(pair.mutation))}
 
 
 # -- does an imported probe fit the run's model --------------------------------------------------------------
