@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
 class _Absent:
@@ -29,3 +30,15 @@ def without_pandas() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+@cache
+def leave_pandas_alone() -> None:
+    """Settles that pyarrow makes NumPy arrays without pandas, which it imports otherwise wherever it is installed.
+
+    That is half a second. A conversion to pandas, should somebody ask for one, still finds it.
+    """
+    import pyarrow as pa
+
+    with without_pandas():
+        pa.chunked_array([[0]]).to_numpy()

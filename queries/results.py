@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ..lake.imports import leave_pandas_alone
 from ..lake.schema import QUANTITIES, TABLES, VIEWS
 from .needs import resolve_run, resolve_steps
 from .sections import Section, SectionError, parse_sections
@@ -96,6 +97,7 @@ class Results:
 
     def arrow(self, query: str, tables: Iterable[str] = (), **parameters: Any) -> pa.Table:
         """A query over the report's sections, and over the lake's `tables` it names, as an Arrow table."""
+        leave_pandas_alone()
         session = self.lake.session
         with session.errors():
             if tables:

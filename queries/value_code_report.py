@@ -193,25 +193,25 @@ class ValueCodeReport(ProbeReport, _ValueCodeSections):
         from .arrays.stage_lens import Candidates
 
         table = results.arrow(
-            "SELECT answer_token, competitors, sample_id, query_index FROM measured_events ORDER BY place"
+            "SELECT answer_token, coalesce(len(competitors), 0) AS number, sample_id, query_index FROM measured_events "
+            "ORDER BY place"
         )
         if not len(table):
             raise ReportFailed(
                 f"{self.report_name()}: the records selected hold no query event; choose another --split"
             )
-        lists = table["competitors"].combine_chunks()
-        counts = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        counts = table["number"].to_numpy()
         if not counts.all():
             at = int((counts == 0).argmax())
             raise ReportFailed(
                 f"{self.report_name()}: event {table['sample_id'][at]} query {table['query_index'][at]} has no competitors, "
                 "so no value margin"
             )
-        return Candidates.of(
-            table["answer_token"].to_numpy().astype("int64"),
-            lists.flatten().to_numpy().astype("int64"),
-            counts,
+        wrong = results.arrow(
+            "SELECT token FROM (SELECT place, unnest(competitors) AS token FROM measured_events) ORDER BY place, token"
         )
+        answers = table["answer_token"].to_numpy().astype("int64")
+        return Candidates.of(answers, wrong["token"].to_numpy().astype("int64"), counts)
 
     def places(self, results: Results, role: str, up_to_prediction: bool = False) -> RolePlaces:
         """Where `role` stands in every event; `up_to_prediction` leaves out what comes after, else that is refused."""
@@ -231,7 +231,9 @@ class ValueCodeReport(ProbeReport, _ValueCodeSections):
                 f"{self.report_name()}: role {role!r} resolves to no position{where} in {int((counts == 0).sum())} of "
                 f"{count} events (such as {_event(results, int((counts == 0).argmax()))}); choose another role or --split"
             )
-        beyond = np.unique(place[table["position"].to_numpy() > table["prediction_position"].to_numpy()])
+        beyond = np.bincount(
+            place[table["position"].to_numpy() > table["prediction_position"].to_numpy()]
+        ).nonzero()[0]
         if len(beyond):
             raise ReportFailed(
                 f"{self.report_name()}: Intervention positions must be in the causal prefix: role {role!r} has positions "

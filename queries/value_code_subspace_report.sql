@@ -16,7 +16,7 @@ SELECT
     unnest(identity_overlap) AS identity_overlap,
     unnest(all_vector_overlap) AS all_vector_overlap,
     unnest(centroid_scored) AS centroid_scored,
-    unnest(centroid_prediction) AS centroid_prediction_token_id,
+    unnest(centroid_prediction) AS centroid_prediction,
     unnest(centroid_true_cosine) AS centroid_true_cosine,
     unnest(centroid_best_wrong_cosine) AS centroid_best_wrong_cosine,
     unnest(centroid_margin) AS centroid_cosine_margin
@@ -47,8 +47,9 @@ SELECT
     c.stage_lens_correct_value_logit, c.stage_lens_best_wrong_value_logit, c.stage_lens_value_margin,
     c.stage_lens_best_value_token_id, lt.text AS stage_lens_best_value_token, c.stage_lens_value_accuracy,
     c.mean_abs_cosine, c.identity_overlap, c.all_vector_overlap,
-    c.centroid_scored, c.centroid_prediction_token_id, ct.text AS centroid_prediction_token,
-    c.centroid_prediction_token_id = c.group_token_id AS centroid_prediction_correct,
+    c.centroid_scored, CASE WHEN c.centroid_scored THEN c.centroid_prediction END AS centroid_prediction_token_id,
+    ct.text AS centroid_prediction_token,
+    centroid_prediction_token_id = c.group_token_id AS centroid_prediction_correct,
     c.centroid_true_cosine, c.centroid_best_wrong_cosine, c.centroid_cosine_margin
 FROM codes_by_event AS c
 JOIN event_facts AS e ON e.place = c.place
@@ -57,7 +58,7 @@ JOIN final_values AS f ON f.place = c.place AND f.step = c.step
 LEFT JOIN token_texts AS g ON g.token = c.group_token_id
 LEFT JOIN token_texts AS ft ON ft.token = f.best_value_token_id
 LEFT JOIN token_texts AS lt ON lt.token = c.stage_lens_best_value_token_id
-LEFT JOIN token_texts AS ct ON ct.token = c.centroid_prediction_token_id
+LEFT JOIN token_texts AS ct ON c.centroid_scored AND ct.token = c.centroid_prediction
 ORDER BY
     c.step, list_position($stage, c.stage), list_position($position_role, c.position_role),
     list_position($group_by, c.group_by), c.place

@@ -29,7 +29,7 @@ SELECT
     unnest(lens_correct_logit) AS predicted_stage_lens_correct_value_logit,
     unnest(lens_best_token) AS predicted_stage_lens_best_value_token_id,
     unnest(centroid_scored) AS centroid_scored,
-    unnest(centroid_prediction) AS centroid_prediction_token_id,
+    unnest(centroid_prediction) AS centroid_prediction,
     unnest(centroid_true_cosine) AS centroid_true_cosine,
     unnest(centroid_best_wrong_cosine) AS centroid_best_wrong_cosine,
     unnest(centroid_margin) AS centroid_cosine_margin,
@@ -54,17 +54,18 @@ SELECT
     t.predicted_stage_lens_value_accuracy, t.predicted_stage_lens_value_margin,
     t.predicted_stage_lens_correct_value_logit,
     t.predicted_stage_lens_best_value_token_id, lt.text AS predicted_stage_lens_best_value_token,
-    t.centroid_scored, t.centroid_prediction_token_id, ct.text AS centroid_prediction_token,
-    t.centroid_prediction_token_id = t.target_group_token_id AS centroid_prediction_correct,
+    t.centroid_scored, CASE WHEN t.centroid_scored THEN t.centroid_prediction END AS centroid_prediction_token_id,
+    ct.text AS centroid_prediction_token,
+    centroid_prediction_token_id = t.target_group_token_id AS centroid_prediction_correct,
     t.centroid_true_cosine, t.centroid_best_wrong_cosine, t.centroid_cosine_margin,
-    t.source_has_same_answer
+    t.source_has_same_answer = 1 AS source_has_same_answer
 FROM transfers_by_example AS t
 JOIN split_examples AS x ON x.place = t.place
 JOIN event_facts AS e ON e.place = t.place
 LEFT JOIN token_texts AS st ON st.token = t.source_group_token_id
 LEFT JOIN token_texts AS tt ON tt.token = t.target_group_token_id
 LEFT JOIN token_texts AS lt ON lt.token = t.predicted_stage_lens_best_value_token_id
-LEFT JOIN token_texts AS ct ON ct.token = t.centroid_prediction_token_id
+LEFT JOIN token_texts AS ct ON t.centroid_scored AND ct.token = t.centroid_prediction
 ORDER BY t.step, t.basis_rank, t.kind_order, t.place
 
 -- rows: summary_rows

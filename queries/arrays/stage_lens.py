@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .groups import group_by_token
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -49,7 +51,7 @@ class Candidates:
         """From each event's answer Int64[n] and its competitors, the answer not among them: `counts` Int64[n] of them,
         one event after the other."""
         events = np.arange(len(answers))
-        tokens = np.unique(np.concatenate([answers, competitors]))
+        tokens = group_by_token(np.concatenate([answers, competitors])).tokens
         places = np.searchsorted(tokens, answers)
         allowed = np.zeros((len(answers), len(tokens)), np.bool_)
         allowed[np.repeat(events, counts), np.searchsorted(tokens, competitors)] = True

@@ -144,7 +144,7 @@ def _control(
             raise ReportFailed(f"control {SHUFFLED} needs at least two eval examples; lower --fit-fraction")
         answers = ends.candidates.answers[evaluated]
         row = judge.row(kind, np.roll(own[evaluated], -1, axis=0), true_map)
-        return row | {"source_has_same_answer": np.roll(answers, -1) == answers}
+        return row | {"source_has_same_answer": (np.roll(answers, -1) == answers).astype(np.float64)}
     if kind == WRONG:
         assert ends.wrong_source is not None
         return judge.row(kind, (ends.wrong_source @ basis)[evaluated], true_map)
@@ -196,8 +196,6 @@ class _Judge:
 
     def row(self, kind: str, source: NDArray[np.float64], mapping: AffineMap) -> dict[str, Any]:
         """What `mapping` predicts from the eval examples' source coordinates Float64[m, p]."""
-        import pyarrow as pa
-
         what = f"{kind} at rank {self.rank}"
         predicted = mapping(source)
         vectors = predicted @ self._basis.T
@@ -218,6 +216,6 @@ class _Judge:
             "projected_vector_cosine": row_cosines(vectors, self._truth @ self._basis.T, what),
             **lens_columns(self.ends.lens.logits(vectors, self.ends.normalized), self._candidates),
             **centroid_columns(found),
-            "source_has_same_answer": pa.nulls(len(source), pa.bool_()),
+            "source_has_same_answer": np.full(len(source), np.nan),
             "bases": [],
         }

@@ -28,13 +28,11 @@ def lens_columns(logits: NDArray[np.float64], candidates: Candidates) -> dict[st
     }
 
 
-def centroid_columns(found: CosineCentroids) -> dict[str, Any]:
-    """Of centroid classification, as columns; null where a vector is not scored."""
-    import pyarrow as pa
-
+def centroid_columns(found: CosineCentroids) -> dict[str, NDArray[Any]]:
+    """Of centroid classification, as columns; where a vector is not scored the prediction has no meaning."""
     return {
         "centroid_scored": found.scored,
-        "centroid_prediction": pa.array(found.prediction, mask=~found.scored),
+        "centroid_prediction": found.prediction,
         "centroid_true_cosine": found.true_cosine,
         "centroid_best_wrong_cosine": found.best_wrong_cosine,
         "centroid_margin": found.margin,
