@@ -13,7 +13,7 @@ from lakebed.engine.symbolic_kv.probes import ProbeSamplingError, sample_probe
 from lakebed.engine.symbolic_kv.roles import event_partition, event_roles
 from lakebed.extractors.probes import ProbeError, build_probe, import_probe
 from lakebed.extractors.runs import RunInfo, model_parameters, register_run
-from lakebed.lake import Lake
+from lakebed.lake import Lake, Unit
 from lakebed.lake.errors import InputMismatch, InvalidName, UnknownName
 from lakebed.lake.verify import verify
 
@@ -379,6 +379,30 @@ def test_a_probe_that_does_not_fit_leaves_nothing(kv_lake, written, change, erro
     with pytest.raises(error, match=message):
         import_probe(kv_lake, "kv", written({**RECORD, **change}), "questions")
     assert kv_lake.table("probes").collect().is_empty()
+
+
+def test_a_run_of_another_family_tells_its_vocabulary_by_its_embedding(tmp_path, written):
+    with Lake.create(tmp_path / "gpt2.lake") as lake:
+        with lake.unit(Unit("run", "gpt2", "run")) as writer:
+            writer.rows("runs", [{"source": "import", "adapter": "gpt2", "config": "{}"}])
+            shapes = {
+                "wte.weight": ("token_embedding", [31, 4]),
+                "wpe.weight": ("position_embedding", [5, 4]),
+            }
+            writer.rows(
+                "parameters",
+                [
+                    {"parameter": name, "module": module, "shape": shape}
+                    for name, (module, shape) in shapes.items()
+                ],
+            )
+        beyond = {**RECORD, "events": [{**EVENT, "competitors": [31]}]}
+        with pytest.raises(VocabularyMismatch, match="has token 31, and the model's vocabulary ends at 30"):
+            import_probe(lake, "gpt2", written(beyond), "questions")
+        with pytest.raises(ProbeFormatError, match="has 6 tokens, and the model reads at most 5"):
+            import_probe(lake, "gpt2", written({**RECORD, "token_ids": [1] * 6}), "questions")
+        assert import_probe(lake, "gpt2", written(RECORD), "questions").made
+        assert lake.table("probes", "gpt2").collect()["vocabulary"].to_list() == [None]
 
 
 def test_an_import_needs_a_run_and_a_name(kv_lake, written):
