@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import trained_probe_lake
+from tests import formation_lake, trained_probe_lake
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +15,9 @@ def probe_lake_path(tmp_path_factory) -> Path:
     path = trained_probe_lake.build(tmp_path_factory.mktemp("probed"))
     trained_probe_lake.extract_all(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def formation_lake_path(tmp_path_factory) -> Path:
+    """The formation run before its first step, with its probe: read it, do not write it."""
+    return formation_lake.build(tmp_path_factory.mktemp("formation"))
