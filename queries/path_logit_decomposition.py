@@ -198,7 +198,8 @@ class PathLogitDecomposition(ProbeReport):
         if absent and self.ablation_top_k:
             raise InvalidOption(
                 f"{name}: --ablation-step {', '.join(map(str, absent))} is not among the selected steps "
-                f"{summarize_steps(results.steps)}"
+                f"{summarize_steps(results.steps)}; widen --steps, or extract it first: lakebed extract --for {name} --lake "
+                f"{results.lake.uri} --run {results.run} --steps {step_option(absent)}"
             )
         if not results.value("SELECT count(*) FROM component"):
             raise ReportFailed(f"{name}: no event of probe {self.probe!r} is left to measure")
