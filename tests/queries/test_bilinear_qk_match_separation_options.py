@@ -1,19 +1,12 @@
 """Options of bilinear-qk-match-separation, scores counted by hand, what is refused, and the published numbers."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-from lakebed.engine.config import load_config
-from lakebed.extractors.plan import extract
-from lakebed.extractors.probes import build_probe
-from lakebed.extractors.training import train
 from lakebed.lake import Lake
 from lakebed.lake.errors import MissingData, UnknownName
 from lakebed.queries.report import InvalidOption, ReportFailed
-from lakebed.queries.run import run_report
 
+from tests import formation_lake
 from tests.trained_probe_lake import HEAD, RUN, STEPS
 
 from . import bilinear_lake
@@ -213,23 +206,19 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(lake, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """The formation run before its first step, with the probe of 24 per split."""
-    settings = load_config("formation", **{"evaluation.max_eval_batches": 1})
-    asked = report(
-        head="L2H1",
-        context_stage=("layer_1_post_mlp",),
-        score_mode=("full_with_bias", "weight_full"),
-        rank=(8,),
-        split=("validation_iid",),
-        steps="0",
-    )
-    with Lake.create(tmp_path_factory.mktemp("published") / "f.lake") as lake:
-        train(lake, "formation", settings, num_steps=1)
-        build_probe(lake, "formation")
-        extract(lake, "formation", asked.needs(), "0")
-        printed = run_report(lake, asked, tmp_path_factory.mktemp("published") / "out", chart_formats=[])
-    return [json.loads(line) for line in Path(printed["metric_rows"]).read_text().splitlines()]
+def published(formation_lake_path, tmp_path_factory):
+    """Metric rows of the formation run before its first step."""
+    with Lake.open(formation_lake_path) as lake:
+        _, rows, _ = written(
+            lake,
+            tmp_path_factory.mktemp("published") / "out",
+            head=formation_lake.HEAD,
+            context_stage=(formation_lake.STAGE,),
+            score_mode=("full_with_bias", "weight_full"),
+            rank=(8,),
+            split=("validation_iid",),
+        )
+    return rows["metric_rows"]
 
 
 @pytest.mark.parametrize(
