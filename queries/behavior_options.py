@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ..lake.imports import leave_pandas_alone
 from .report import InvalidOption, Report
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class BehaviorOptions(Report):
             return super().arrays(name, results)
         import pyarrow as pa
 
+        leave_pandas_alone()
         rows = self._read(results.steps) if self.behavior_rows is not None else []
         margins, accuracies = [row[0] for row in rows], [row[1] for row in rows]
         return {

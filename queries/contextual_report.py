@@ -211,18 +211,19 @@ class Residuals:
     def __init__(self, table: Any) -> None:
         import numpy as np
 
+        from .arrays import stored_matrix
+
         rows = table["row"].to_numpy()
         self._order = np.argsort(rows, kind="stable")
         self._rows = rows[self._order]
-        self._column = table["values"].combine_chunks()
+        self._vectors = stored_matrix(table["values"])
 
     def at(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Vectors of the rows given, Float64[n, d]; only these are widened."""
         import numpy as np
 
-        from .arrays import matrix
-
-        return matrix(self._column.take(self._order[np.searchsorted(self._rows, rows)]))
+        found = self._vectors[self._order[np.searchsorted(self._rows, rows)]]
+        return found.astype(np.float64)
 
 
 @dataclass(frozen=True)

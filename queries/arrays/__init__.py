@@ -6,7 +6,7 @@ One file per topic; everything is imported from here. Vectors are rows: Float64[
 from __future__ import annotations
 
 from .centroids import CosineCentroids, cosine_to_centroids, leave_one_out_cosines
-from .columns import as_columns, matrix, stack_by
+from .columns import as_columns, matrix, stack_by, stored_matrix
 from .groups import Groups, group_by_token, group_means
 from .permutations import (
     Chance,
@@ -57,6 +57,7 @@ __all__ = [
     "qk_bases",
     "separation",
     "stack_by",
+    "stored_matrix",
     "subspace_alignment",
     "token_subspace",
     "top_tokens",

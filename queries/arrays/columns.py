@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...lake.imports import leave_pandas_alone
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -17,6 +19,12 @@ def matrix(column: Any) -> NDArray[np.float64]:
 
     Raises ValueError for a null row or rows of different lengths.
     """
+    widened: NDArray[np.float64] = stored_matrix(column).astype(np.float64)
+    return widened
+
+
+def stored_matrix(column: Any) -> NDArray[Any]:
+    """`matrix` in the type that is stored, without a copy where the column is in one piece."""
     import pyarrow as pa
 
     joined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -25,12 +33,13 @@ def matrix(column: Any) -> NDArray[np.float64]:
         return np.zeros((0, 0))
     if joined.null_count:
         raise ValueError(f"{joined.null_count} of {rows} rows of a vector column are null")
-    flat = np.asarray(joined.flatten().to_numpy(zero_copy_only=False), dtype=np.float64)
+    flat = joined.flatten().to_numpy(zero_copy_only=False)
     width = len(joined[0])
     lengths = np.diff(np.asarray(joined.offsets)) if hasattr(joined, "offsets") else np.full(rows, width)
     if not (lengths == width).all():
         raise ValueError(f"rows of a vector column have between {lengths.min()} and {lengths.max()} numbers")
-    return flat.reshape(rows, width)
+    shaped: NDArray[Any] = flat.reshape(rows, width)
+    return shaped
 
 
 def stack_by(labels: Sequence[Any], *columns: NDArray[Any]) -> dict[Any, tuple[NDArray[Any], ...]]:
@@ -48,6 +57,7 @@ def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows with the same keys, as Arrow columns; arrays become lists, and a column of nothing but None is of numbers."""
     import pyarrow as pa
 
+    leave_pandas_alone()
     columns: dict[str, Any] = {}
     for name in rows[0] if rows else ():
         values = [_plain(row[name]) for row in rows]
