@@ -77,7 +77,7 @@ def make_value_code_lake(
                 "query_key": [at],
                 "support_key": [starts[support]],
                 "support_value": [starts[support] + 1],
-                "support_write": [starts[support], starts[support] + 1],
+                "all_query_relation": [starts[support], starts[support] + 1, at],
                 "key_distractors": others,
                 "value_distractors": [place + 1 for place in others],
             }
