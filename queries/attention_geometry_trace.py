@@ -271,9 +271,8 @@ class AttentionGeometryTrace(ProbeReport):
 
     def findings(self, results: Results) -> list[str]:
         """Which head reads the support value, when its geometry was complete, and what the model answers then."""
-        return [
-            line for line in (_reader(results), _joint(results), _answers(results), _aligned(results)) if line
-        ]
+        lines = (_reader(results), _sharpest(results), _joint(results), _answers(results), _aligned(results))
+        return [line for line in lines if line]
 
 
 def _reader(results: Results) -> str:
@@ -281,26 +280,40 @@ def _reader(results: Results) -> str:
     if not heads:
         return ""
     head = heads[0]
-    step = results.value("SELECT max(step) FROM rows")
     text = (
-        f"At step {step} **{head['head_label']}** looks at the support value most: "
+        f"At step {results.value('SELECT max(step) FROM rows')} **{head['head_label']}** looks at the support value most: "
         f"{percent(head['support_value_attention_mean'])} of its attention"
     )
     if len(heads) > 1:
         text += f" (next: {heads[1]['head_label']}, {percent(heads[1]['support_value_attention_mean'])})"
-    if head["support_value_qk_margin_mean"] is not None:
-        above = "above" if head["support_value_qk_margin_mean"] > 0 else "below"
-        text += (
-            f". It scores that value {number(abs(head['support_value_qk_margin_mean']), 3)} {above} the strongest "
-            "distractor"
+    margin = head["support_value_qk_margin_mean"]
+    if margin is not None:
+        side = "above" if margin > 0 else "below"
+        text += f". It scores that value {number(abs(margin), 3)} {side} the strongest distractor"
+        best = results.value(
+            "SELECT max(support_value_qk_margin_mean) FROM rows WHERE step = (SELECT max(step) FROM rows)"
         )
-    if head["attended_ov_value_margin_mean"] is not None:
-        way = "towards" if head["attended_ov_value_margin_mean"] > 0 else "away from"
-        text += (
-            f", and what it copies from there points {number(abs(head['attended_ov_value_margin_mean']), 3)} logits {way} "
-            "the answer over the next value"
-        )
+        text += ", and no head scores it above" if best <= 0 else ""
+    attended = head["attended_ov_value_margin_mean"]
+    if attended is not None:
+        way = "towards" if attended > 0 else "away from"
+        text += f"; what it copies from there points {number(abs(attended), 3)} logits {way} the answer over the next value"
     return f"{text}."
+
+
+def _sharpest(results: Results) -> str:
+    head = results.first("FROM top_final_heads WHERE ranking = 'by_low_entropy'")
+    assert head is not None
+    roles = results.rows(
+        "SELECT role, attention FROM role_attention_means WHERE layer = $layer AND head = $head AND "
+        "step = (SELECT max(step) FROM rows) ORDER BY attention DESC, place LIMIT 2",
+        layer=head["layer"],
+        head=head["head"],
+    )
+    where = ", ".join(f"{percent(row['attention'])} on `{row['role']}`" for row in roles)
+    return (
+        f"The sharpest head is **{head['head_label']}** (entropy {number(head['value'], 3)} nats): {where}."
+    )
 
 
 def _joint(results: Results) -> str:

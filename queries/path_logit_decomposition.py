@@ -324,7 +324,7 @@ def _ablated(results: Results) -> str:
         worst = max(opposed, key=lambda row: abs(row["margin_drop"]))
         text += (
             f"; they part most in {worst['component_id']} (DLA {_signed(worst['direct_margin_contribution_mean'])}, margin "
-            f"drop {_signed(worst['margin_drop'])})"
+            f"drop {_signed(worst['margin_drop'])}), which acts through later layers or other positions"
         )
     return f"{text}."
 

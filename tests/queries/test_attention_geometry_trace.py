@@ -260,6 +260,11 @@ def test_the_finding_names_the_head_that_reads_the_support_value(found):
     assert found.findings[0].startswith(
         f"At step {last} **{reader['head_label']}** looks at the support value most"
     )
+    final = {row["head_label"]: row for key, row in found.rows.items() if key[0] == last}
+    sharpest = min(final, key=lambda label: final[label]["attention_entropy_mean"])
+    roles = final[sharpest]["role_attention_mean"]
+    assert f"sharpest head is **{sharpest}**" in found.findings[1]
+    assert f"on `{max(roles, key=roles.get)}`, " in found.findings[1]
     assert found.warnings == []
 
 
@@ -317,7 +322,7 @@ def test_an_imported_probe_has_no_token_classes_and_roles_of_its_own(tmp_path):
     assert rows[0]["svd"]["qk_key_direction_top_tokens"][0]["token"] is None
     assert "does not say which tokens are keys or values" in warnings[0]
     assert "No event has the role support_key or support_value or support_op" in warnings[1]
-    assert len(findings) == 1
+    assert len(findings) == 2
     printed = run_report(made.lake, asked(run=made.run), tmp_path / "out", chart_formats=["svg"])
     assert set(printed["plots"]) == {"checkpoint_summary", "role_attention"}
     made.lake.close()
