@@ -71,7 +71,7 @@ def _dataset_option(name: str, metavar: str, about: str) -> Callable[[Any], Any]
     "layernorm-mode", "head_ln1|none", "qk_coordinates: through the head's LayerNorm [default] or not."
 )
 @click.option(
-    "--batch-size", type=click.IntRange(1), metavar="TOKENS", help="Tokens per forward pass [default: 4096]."
+    "--batch-size", type=click.IntRange(1), metavar="TOKENS", help="Tokens per forward pass [default: 8192]."
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps, for forward passes.")
 @threads_option

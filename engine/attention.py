@@ -36,6 +36,15 @@ class Queries:
         """Most events in a row."""
         return int(self.slot.max()) + 1
 
+    @cached_property
+    def place(self) -> Tensor:
+        """`Int[event]`: place of an event in `[batch · slot]`."""
+        return self.row * self.slots + self.slot
+
+    def events(self, values: Tensor) -> Tensor:
+        """`[batch, head, slot, …]` as `[event, head, …]`."""
+        return values.transpose(1, 2).flatten(0, 1).index_select(0, self.place)
+
     def padded(self, values: Tensor) -> Tensor:
         """`[event, …]` as `[batch, slot, …]`, 0 where a row has fewer events."""
         out = values.new_zeros(self.batch, self.slots, *values.shape[1:])
@@ -61,9 +70,9 @@ class Queries:
 
     def lists(self, layers: Sequence[Tensor]) -> Tensor:
         """`Float[batch, head, slot, key]` per layer as `Float[value]`: by event, layer, head, key from 0 to the query."""
-        rows = [layer.transpose(1, 2)[self.row, self.slot] for layer in layers]
+        rows = [self.events(layer) for layer in layers]
         stacked = torch.stack(rows, 1).flatten(1, 2)
-        return stacked.reshape(-1)[self._places(stacked.shape[1])]
+        return stacked.reshape(-1).index_select(0, self._places(stacked.shape[1]))
 
     def _places(self, heads: int) -> Tensor:
         length = self.roles.shape[-1]
@@ -95,10 +104,10 @@ class Attended:
         """`Float[event, head, role, d_head]`: the mean value vector of each role, then the one that attention mixes."""
         queries, values = self.queries, self.values
         batch, heads, length, width = values.shape
-        written = (self.probabilities @ values).transpose(1, 2)[queries.row, queries.slot]
+        written = queries.events(self.probabilities @ values)
         flat = values.transpose(1, 2).reshape(batch, length, heads * width)
-        means = (queries.padded_roles @ flat).reshape(batch, queries.slots, -1, heads, width)
-        of_roles = means[queries.row, queries.slot].transpose(1, 2)
+        means = (queries.padded_roles @ flat).reshape(batch * queries.slots, -1, heads, width)
+        of_roles = means.index_select(0, queries.place).transpose(1, 2)
         return torch.cat([of_roles, written[:, :, None]], 2)
 
 

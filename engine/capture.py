@@ -103,7 +103,7 @@ class Attention:
         start = (torch.cumsum(before, 0) - before)[events]
         shift = start - (torch.cumsum(counts, 0) - counts)
         place = torch.arange(self.scores.numel()) + shift.repeat_interleave(counts)
-        return Attention(self.scores[place], self.probabilities[place])
+        return Attention(self.scores.index_select(0, place), self.probabilities.index_select(0, place))
 
 
 @dataclass
@@ -117,35 +117,42 @@ class Captured:
     """By query role, `[event, layer, head, role]`: the query's roles, then what the head does write."""
     components: Tensor | None = None
     """`Float[event, component, 2]`: contributions with the LayerNorm differentiated, and with its scale frozen."""
-    activations: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """(layout, stage) to `Float[place, d_model]`."""
+    activations: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
+    """(layout, stage) to `Float[place, d_model]` of each batch: together they are large, so that a stage is joined when
+    it is written (`stage`)."""
     qk_coordinates: dict[QKForm, QKCoordinates] = field(default_factory=dict)
     baseline: Tensor | None = None
     """`Float[event, scalar]`: see `ablation.SCALARS`."""
     ablated: Tensor | None = None
     """`Float[event, component, scalar]`: the same without a component."""
 
+    def stage(self, layout: str, stage: str, order: Tensor | None) -> Tensor:
+        """`Float[place, d_model]` of a stage, in the order `Int[place]`; None for that of the batches."""
+        values = torch.cat(self.activations[layout, stage])
+        return values if order is None else values.index_select(0, order)
+
     def reordered(
         self, events: Tensor | None, places: Mapping[str, Tensor | None], queries: Mapping[str, Tensor]
     ) -> Captured:
         """In another order of events and, by layout, of places: `Int[event]` and `Int[place]`, None for the one it has.
+        Activations stay as they are, see `stage`.
 
         `queries` gives the query position of each event in the new order, by role.
         """
 
         def event(values: Tensor) -> Tensor:
-            return values if events is None else values[events]
+            return values if events is None else values.index_select(0, events)
 
         def place(layout: str, values: Tensor) -> Tensor:
             order = places.get(layout)
-            return values if order is None else values[order]
+            return values if order is None else values.index_select(0, order)
 
         return Captured(
             None if self.readouts is None else self.readouts.apply(event),
             {role: of.reordered(events, queries[role]) for role, of in self.attention.items()},
             {role: of.apply(event) for role, of in self.head_writes.items()},
             None if self.components is None else event(self.components),
-            {key: place(key[0], of) for key, of in self.activations.items()},
+            self.activations,
             {form: of.apply(partial(place, form.layout)) for form, of in self.qk_coordinates.items()},
             None if self.baseline is None else event(self.baseline),
             None if self.ablated is None else event(self.ablated),
@@ -199,11 +206,11 @@ class Capture:
             captured.components = component_contributions(model, residual, parts[0], gradient).cpu()
         for layout in request.activations:
             for stage, x in passed.stages.items():
-                kept = x.reshape(-1, x.shape[-1])[batch.places[layout]]
-                captured.activations[layout, stage] = kept.cpu()
+                kept = x.reshape(-1, x.shape[-1]).index_select(0, batch.places[layout])
+                captured.activations[layout, stage] = [kept.cpu()]
         for form, prepared in self.forms.items():
             x = passed.stages[form.stage]
-            kept = x.reshape(-1, x.shape[-1])[batch.places[form.layout]]
+            kept = x.reshape(-1, x.shape[-1]).index_select(0, batch.places[form.layout])
             captured.qk_coordinates[form] = qk_coordinates(model, prepared, kept).cpu()
         if request.ablations:
             captured.baseline = own.scalars().cpu()
@@ -239,7 +246,7 @@ def concatenate(parts: Sequence[Captured]) -> Captured:
         },
         {role: HeadWrites.join([part.head_writes[role] for part in parts]) for role in first.head_writes},
         _joined([part.components for part in parts]),
-        {key: torch.cat([part.activations[key] for part in parts]) for key in first.activations},
+        {key: [of for part in parts for of in part.activations[key]] for key in first.activations},
         {
             form: QKCoordinates.join([part.qk_coordinates[form] for part in parts])
             for form in first.qk_coordinates

@@ -74,7 +74,7 @@ def _read(logits_of: Tensor, mixed: Tensor, choices: Choices) -> tuple[Tensor, T
             part = slice(start, start + size)
             scores = (mixed[part, head].reshape(-1, width) @ logits_of[head]).reshape(-1, roles, candidates)
             answer = scores.gather(-1, choices.answer[part, None, None].expand(-1, roles, 1))[..., 0]
-            wrong_logit, wrong_token = choices.best_wrong(scores, choices.wrong[part, None])
+            wrong_logit, wrong_token = choices.best_wrong_(scores, choices.wrong[part, None])
             parts.append((answer, wrong_token, wrong_logit))
         columns.append([torch.cat(column) for column in zip(*parts, strict=True)])
     answer_logit, token, logit = (torch.stack(column, 1) for column in zip(*columns, strict=True))

@@ -36,10 +36,11 @@ class ActivationsExtractor(ForwardExtractor):
         """Writes one step, an array per stage."""
         block = writer.tensor_rows(ACTIVATIONS, [step])
         for stage in made.stages:
-            values = captured.activations[self.layout, stage]
+            values = captured.stage(self.layout, stage, made.batches.place_order[self.layout])
             block.write(
                 f"{self.probe}/{self.layout}/{stage}",
                 values.numpy()[None],
+                compress=False,
                 dimension_names=[f"row_of_{self.layout}", "d_model"],
             )
 

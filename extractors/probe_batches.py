@@ -224,7 +224,7 @@ def make_batches(
 
 
 # Tokens in a batch: large enough for matrix products, small enough that a layer's activations stay in cache.
-DEFAULT_BATCH_SIZE = 4096
+DEFAULT_BATCH_SIZE = 8192
 
 
 def _groups(lengths: Integers, size: int) -> list[Integers]:

@@ -26,6 +26,7 @@ _BITSHUFFLE = 2
 assert _BITSHUFFLE != SHUFFLE
 # On recorded gradients, weights and moments as small as zstd, and two to three times faster both ways.
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=_BITSHUFFLE)
+_STORED = Blosc(cname="lz4", clevel=0, shuffle=_BITSHUFFLE)
 # The CRC-32C of any bytes followed by their own CRC-32C.
 WHOLE = 0x48674BC7
 # A chunk near this size costs little to open and little to overread.
@@ -80,10 +81,13 @@ def fill_value(dtype: Any) -> float | int:
     return float("nan") if np.issubdtype(dtype, np.floating) else 0
 
 
-def encode(array: np.ndarray[Any, Any]) -> bytes:
-    """Bytes of one chunk, exactly as zarr's codec chain would write them."""
+def encode(array: np.ndarray[Any, Any], compress: bool = True) -> bytes:
+    """Bytes of one chunk, exactly as zarr's codec chain would write them.
+
+    Without `compress` the same container holds the bytes as they are, which any reader of the chain takes.
+    """
     contiguous = np.ascontiguousarray(array)
-    data = bytes(_BLOSC.encode(contiguous.reshape(-1)))
+    data = bytes((_BLOSC if compress else _STORED).encode(contiguous.reshape(-1)))
     return data + struct.pack("<I", google_crc32c.value(data))
 
 

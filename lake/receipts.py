@@ -178,8 +178,21 @@ def receipt_key(run: str, unit: str) -> str:
 def parquet_bytes(table: pa.Table, statistics: bool = True) -> bytes:
     """zstd Parquet with page checksums."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, write_statistics=statistics)
+    # A dictionary of measured numbers would hold each of them: half of the time, and a fifth of the bytes.
+    dictionaries = [field.name for field in table.schema if not _is_measured(field.type)]
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=dictionaries or False,
+        write_page_checksum=True,
+        write_statistics=statistics,
+    )
     return sink.getvalue()
+
+
+def _is_measured(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_nested(kind))
 
 
 class ReceiptIndex:
