@@ -20,15 +20,15 @@ OWN_TEST = {"lake-format.md"}
 TOO_LONG = re.compile(r"^(make |git |pip |lakebed demo)", re.MULTILINE)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(
-        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+def blocks(page: Path, languages: str) -> list[tuple[str, str]]:
+    """(language, text) of the code blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```({languages})\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a demo.lake of 64 recorded steps, its svd, and a folder of checkpoints."""
+    """A folder with a demo.lake of 64 recorded steps, its svd, a probe with its attention, and a folder of checkpoints."""
     folder = tmp_path_factory.mktemp("docs")
     import torch
     from lakebed.engine.config import load_config
@@ -36,7 +36,8 @@ def workplace(tmp_path_factory):
 
     torch.set_num_threads(1)
     run(folder, "lakebed train demo --lake demo.lake --run demo --num-steps 64 --threads 1")
-    run(folder, "lakebed extract svd --lake demo.lake --run demo --steps 0:64:8 --threads 1")
+    run(folder, "lakebed probe build --lake demo.lake --run demo")
+    run(folder, "lakebed extract svd attention --lake demo.lake --run demo --steps 0:64:8 --threads 1")
     loop = TrainingLoop(load_config("demo"))
     (folder / "checkpoints").mkdir()
     for step in (1, 2):
@@ -62,14 +63,14 @@ def run(folder: Path, script: str, program: tuple[str, ...] = ("bash", "-euo", "
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(workplace, page):
-    for script in blocks(page, "sh"):
-        if not TOO_LONG.search(script):
+    for language, script in blocks(page, "sh|python"):
+        if language == "sh" and not TOO_LONG.search(script):
             run(workplace, script)
+        elif language == "python" and page.name not in OWN_TEST:
+            run(workplace, script, (sys.executable, "-c"))
     if page.name in OWN_TEST:
         return
-    for script in blocks(page, "python"):
-        run(workplace, script, (sys.executable, "-c"))
-    for query in blocks(page, "sql"):
+    for _, query in blocks(page, "sql"):
         shown = run(workplace, query, ("lakebed", "sql", "--lake", "demo.lake", "--format", "jsonl"))
         assert shown.strip(), f"no rows: {query}"
 
