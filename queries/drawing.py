@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,11 @@ def _trajectory(chart: Trajectory, frame: pl.DataFrame, interactive: bool) -> tu
     height = theme.HEIGHT // 2
     names = frame[chart.panel].unique(maintain_order=True).to_list()
     parts = [trajectory_lines(chart, frame.filter(pl.col(chart.panel) == name), height) for name in names]
+    # Where the panels show the same series, each has the same colour in all of them.
+    shown = list(dict.fromkeys(name for lines in parts for name in lines.names))
+    if len(shown) == max(len(lines.names) for lines in parts):
+        parts = [replace(lines, names=shown) for lines in parts]
+    parts = _same_colours(parts)
     # One axis for all panels, so that what happened at one step stands above itself.
     together = [min(lines.x_domain[0] for lines in parts), max(lines.x_domain[1] for lines in parts)]
     panels = [
@@ -105,9 +111,23 @@ def _trajectory(chart: Trajectory, frame: pl.DataFrame, interactive: bool) -> tu
         )
         for name, lines in zip(names, parts, strict=True)
     ]
-    # Each panel has series of its own; with one scale for all, theirs would share colours.
+    # Panels have series of their own too; with one scale for all, there would be too few colours.
     stacked_panels = alt.vconcat(*panels, spacing=18).resolve_scale(color="independent")
     return stacked_panels, list(dict.fromkeys(note for lines in parts for note in lines.notes))
+
+
+def _same_colours(parts: list[Lines]) -> list[Lines]:
+    """Puts series that stand in several panels first, in one order, since colours are given in order."""
+    counts = Counter(name for lines in parts for name in lines.names)
+    shared = [name for name, count in counts.items() if count > 1]
+    return [
+        replace(
+            lines,
+            names=[name for name in shared if name in lines.names]
+            + [name for name in lines.names if name not in shared],
+        )
+        for lines in parts
+    ]
 
 
 def _panel(chart: Trajectory, lines: Lines, y_title: str, log_y: bool, interactive: bool, height: int) -> Any:

@@ -69,3 +69,24 @@ def test_single_precision_is_summed_in_double(connection):
     assert aggregates(connection, points, kind="FLOAT")[1] == pytest.approx(
         np.array([16777216, 16777216, 16777220], dtype=np.float64).std(), rel=1e-9
     )
+
+
+def r_squared(connection, points):
+    connection.execute("CREATE OR REPLACE TEMP TABLE points (x FLOAT, y DOUBLE)")
+    connection.executemany("INSERT INTO points VALUES (?, ?)", points)
+    return connection.execute("SELECT r_squared(x, y) FROM points").fetchone()[0]
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.floats(-1e3, 1e3)), min_size=2, max_size=6))
+def test_r_squared_compares_without_a_fit(connection, points):
+    actual, predicted = np.array(points).T
+    spread = np.square(actual - actual.mean()).sum()
+    if spread > 1e-3:
+        wanted = 1 - np.square(actual - predicted).sum() / spread
+        assert r_squared(connection, points) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+def test_r_squared_of_what_does_not_vary_is_null_and_of_what_is_not_finite_nan(connection):
+    assert r_squared(connection, [(2.0, 1.0), (2.0, 3.0)]) is None
+    assert math.isnan(r_squared(connection, [(2.0, 1.0), (3.0, math.inf)]))
+    assert r_squared(connection, [(2.0, 2.0), (3.0, 3.0), (None, None)]) == 1.0

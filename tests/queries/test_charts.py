@@ -139,3 +139,16 @@ def test_every_format_of_every_chart(svd, trace, tmp_path):
             assert f"run {made.run}, steps" in json.dumps(spec["title"], ensure_ascii=False)
         text = Path(printed["markdown"]).read_text()
         assert all(f"]({report.file_stem()}_{chart.name}.svg)" in text for chart in report.charts)
+
+
+def test_a_series_has_one_colour_in_all_panels():
+    rows = [
+        {"step": step, "name": name, "y": float(step * size), "part": part}
+        for part, sizes in {"a": (3, 2, 1), "b": (1, 2, 3)}.items()
+        for name, size in zip(("x", "y", "z"), sizes, strict=True)
+        for step in (1, 2)
+    ]
+    chart = Trajectory("t", "v", "Title", y="y", series="name", panel="part")
+    spec = json.dumps(specification(chart, pl.DataFrame(rows), "about", False))
+    domains = [piece.split("]")[0] for piece in spec.split('"scale": {"domain": ["')[1:]]
+    assert set(domains) == {'x", "y", "z"'}

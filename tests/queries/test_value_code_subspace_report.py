@@ -422,3 +422,39 @@ def test_an_event_without_the_role_or_without_competitors_is_refused(tmp_path):
     with pytest.raises(ReportFailed, match="event s1 query 0 has no competitors"):
         written(alone.lake, tmp_path / "out")
     alone.lake.close()
+
+
+def test_the_lens_takes_the_runs_own_epsilon(tmp_path):
+    """Stages whose variance is as small as epsilon tell one epsilon from another."""
+
+    def change(made):
+        made.activations["layer_1_post_mlp"] *= np.float32(1e-3)
+        made.layer_norm_eps = {"a": 1e-5, "b": 1e-3, "c": None}[made.name]
+
+    margins = {}
+    for name in "abc":
+        made = make_value_code_lake(tmp_path / f"{name}.lake", change=change, name=name)
+        _, rows = written(
+            made.lake, tmp_path / name, stage=["layer_1_post_mlp"], position_role=["prediction"]
+        )
+        margins[name] = [row["stage_lens_value_margin"] for row in rows["value_code_rows"]]
+        made.lake.close()
+    assert margins["a"] != pytest.approx(margins["b"], rel=1e-2)
+    assert margins["a"] == margins["c"]
+
+
+def test_a_run_whose_parameters_nobody_knows_is_refused(tmp_path):
+    def change(made):
+        made.modules = (None, None, None)
+
+    made = make_value_code_lake(tmp_path / "a.lake", change=change)
+    with pytest.raises(ReportFailed, match="run 'ref' does not tell which parameters unembed"):
+        written(made.lake, tmp_path / "out")
+    made.lake.close()
+
+
+def test_missing_activations_are_named_with_their_command(made, tmp_path):
+    with pytest.raises(
+        MissingData, match=r"needs activations .*layout all.*lakebed extract --for value-code-subspace"
+    ):
+        written(made.lake, tmp_path / "out", position_role=["causal_prefix"])

@@ -27,6 +27,7 @@ def make_value_code_lake(
     stages=STAGES,
     seed=0,
     change=None,
+    name="",
 ):
     """Each record writes four pairs and is asked `queries` times; returns what was written.
 
@@ -120,7 +121,7 @@ def make_value_code_lake(
         rows=rows, value_tokens=value_tokens, codes=codes, stages=stages,
         weights={name: array.astype(np.float32) for name, array in weights.items()},
         activations={stage: array.astype(np.float32) for stage, array in activations.items()},
-        readouts=[],
+        readouts=[], name=name, layer_norm_eps=EPSILON, modules=("token_embedding", "final_norm", "final_norm"),
     )  # fmt: skip
     if change:
         change(made)
@@ -157,13 +158,12 @@ def _write(made):
     steps = made.steps
     with made.lake.unit(Unit("run", made.run, "run")) as writer:
         writer.rows("runs", [{"source": "train", "historical_replay": "exact", "store": "full"}])
-        modules = ("token_embedding", "final_norm", "final_norm")
         writer.rows(
             "parameters",
             [
                 {
                     "parameter": name, "position": i, "shape": list(array.shape[1:]), "numel": array[0].size,
-                    "module": modules[i], "is_bias": name.endswith("bias"),
+                    "module": made.modules[i], "is_bias": name.endswith("bias"),
                 }
                 for i, (name, array) in enumerate(made.weights.items())
             ],
@@ -171,7 +171,11 @@ def _write(made):
         writer.rows(
             "stages",
             [
-                {"stage": stage, "position": i, "layer_norm_eps": EPSILON if stage == "final_norm" else None}
+                {
+                    "stage": stage,
+                    "position": i,
+                    "layer_norm_eps": made.layer_norm_eps if stage == "final_norm" else None,
+                }
                 for i, stage in enumerate(made.stages)
             ],
         )
