@@ -48,7 +48,7 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
                 "at the first checkpoint": "start_value",
                 "at the last": "end_value",
                 "change": "change",
-                "half of it made by step": "half_way_step",
+                "half of it made from step": "half_way_step",
             },
             about="Means over all pairs of the first record side.",
         ),
@@ -84,8 +84,7 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
             "deltas",
             "link_changes",
             "Do neighbouring links move in the same intervals?",
-            about="a point is the change from one checkpoint to the next",
-            color="record_side",
+            about="a point is the change from one checkpoint to the next, mean over the pairs of the first record side",
             label="interval",
             highlight=3,
             panel="link",
@@ -107,7 +106,8 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
         "bias in, output bias out); `attended_` multiplies it by the mean attention to the support.",
         "With a score-query role other than prediction the write is the one at that position, while margin, loss and the "
         "readout gradient stay at the prediction.",
-        "Half-way steps order the links only as finely as the checkpoints lie; equal steps leave the order open.",
+        "A link has made half of its way from the checkpoint on after which it never falls short of half of its change from "
+        "first to last. This orders the links only as finely as the checkpoints lie, and says nothing of what moved them.",
         "The correlations are over intervals: that two links move together is no proof that one moves the other.",
     )
     next_queries = (
@@ -129,9 +129,9 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
         "--pair-type distractor --record-side clean --out chain"
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
-        "head": "L1H0",
-        "support_key_role": "support_value",
-        "distractor_key_role": "value_distractors",
+        "head": "L1H1",
+        "support_key_role": "support_key",
+        "distractor_key_role": "key_distractors",
         "pair_type": ("support_value", "distractor"),
     }
 
@@ -229,19 +229,22 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
 
 
 def _order(head: str, links: list[dict[str, Any]]) -> str:
-    """The links by the step at which they had made half of their way. The loss falls first for reasons of its own."""
+    """The links by the step from which on half of their way was made. The loss falls first for reasons of its own."""
     moved = [link for link in links if link["half_way_step"] is not None and link["link"] != "answer loss"]
     if not moved:
         return f"No link of {head}'s chain changed between the first checkpoint and the last."
     steps = sorted({link["half_way_step"] for link in moved})
-    groups = [(step, [link["link"] for link in moved if link["half_way_step"] == step]) for step in steps]
+    groups = [(step, [_moved(link) for link in moved if link["half_way_step"] == step]) for step in steps]
     first_step, first = groups[0]
-    its = "its" if len(first) == 1 else "their"
-    later = "; ".join(f"then {_listed(names)} (step {step})" for step, names in groups[1:])
+    later = "; ".join(f"then {_listed(names)}, from step {step}" for step, names in groups[1:])
     return (
-        f"**{_listed(first)} moved first**: half of {its} change in {head}'s chain was made by step {first_step}; "
+        f"**{_listed(first)} moved first** in {head}'s chain: half of the way was made from step {first_step} on; "
         f"{later or 'no link came later at these checkpoints'}."
     )
+
+
+def _moved(link: dict[str, Any]) -> str:
+    return f"{link['link']} ({'+' if link['change'] > 0 else ''}{number(link['change'], 3)})"
 
 
 def _listed(names: list[str]) -> str:

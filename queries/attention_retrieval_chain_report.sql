@@ -168,21 +168,20 @@ FROM primary_rows
 -- view: link_changes
 WITH changes AS (
     SELECT
-        record_side, source_step, target_step,
+        source_step, target_step,
         delta_qk_separation_mean AS qk, delta_attention_separation_mean AS attention, delta_head_margin_dla_mean AS dla,
         delta_answer_margin_mean AS margin, negative_delta_answer_loss_mean AS loss
-    FROM delta_rows
-    WHERE split = '__all__' AND pair_type = '__all__'
+    FROM primary_deltas
 )
 SELECT
-    record_side, source_step || ' → ' || target_step AS interval, target_step,
+    source_step || ' → ' || target_step AS interval, target_step,
     unnest([1, 2, 3, 4]) AS place,
     unnest(['qk_to_attention', 'attention_to_head_margin_dla', 'head_margin_dla_to_answer_margin',
             'answer_margin_to_loss_reduction']) AS link,
     unnest([qk, attention, dla, margin]) AS x,
     unnest([attention, dla, margin, loss]) AS y
 FROM changes
-ORDER BY place, list_position($record_side, record_side), target_step
+ORDER BY place, target_step
 
 -- view: correlations
 SELECT
@@ -202,11 +201,10 @@ SELECT
     END AS reason,
     count(*) AS num_points
 FROM link_changes
-WHERE record_side = $record_side[1]
 GROUP BY link, place
 ORDER BY place
 
--- The links over training: from where to where, and the first checkpoint by which half of the way was made.
+-- The links over training: from where to where, and the first checkpoint from which on half of the way stayed made.
 -- view: links
 WITH long AS (
     SELECT
@@ -220,12 +218,18 @@ WITH long AS (
 ends AS (
     SELECT *, first_value(value) OVER link_steps AS start_value, last_value(value) OVER link_steps AS end_value FROM long
     WINDOW link_steps AS (PARTITION BY link ORDER BY step ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)
+),
+ways AS (
+    SELECT
+        *, max(CASE WHEN (value - start_value) / nullif(end_value - start_value, 0) < 0.5 THEN step END)
+            OVER (PARTITION BY link) AS last_short_of_it
+    FROM ends
 )
 SELECT
     link, any_value(start_value) AS start_value, any_value(end_value) AS end_value,
     any_value(end_value - start_value) AS change,
-    min(step) FILTER ((value - start_value) / nullif(end_value - start_value, 0) >= 0.5) AS half_way_step
-FROM ends
+    min(step) FILTER (step > last_short_of_it) AS half_way_step
+FROM ways
 GROUP BY link, place
 ORDER BY place
 

@@ -133,10 +133,10 @@ class BilinearQKMatchSeparation(HeadReport, WindowOptions):
         "--score-mode full_with_bias --out qk-match"
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
-        "head": "L1H0",
+        "head": "L1H1",
         "context_stage": ("layer_0_post_mlp",),
-        "support_role": "support_value",
-        "distractor_role": "value_distractors",
+        "support_role": "support_key",
+        "distractor_role": "key_distractors",
         "score_mode": ("full_with_bias", "weight_full"),
         "rank": (2, 8),
     }
@@ -305,12 +305,15 @@ def _window_fields(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _outcome(report: BilinearQKMatchSeparation, rows: list[dict[str, Any]], chance: float) -> str:
     last = rows[-1]
+    rate, events = last["support_beats_all_rate"], last["num_events"]
     start = f", from {percent(rows[0]['support_beats_all_rate'])} at step {rows[0]['checkpoint_step']}"
+    # Two standard errors of a share.
+    near = abs(rate - chance) <= 2 * (chance * (1 - chance) / events) ** 0.5
     return (
-        f"**{report.head_label} scores {report.support_role} above every {report.distractor_role} in "
-        f"{percent(last['support_beats_all_rate'])} of {last['num_events']:,} events at step {last['checkpoint_step']}**"
-        f"{start if len(rows) > 1 else ''} ({last['projection']} at {last['context_stage']}; chance is {percent(chance)}). "
-        f"Mean separation there: {number(last['qk_match_separation_mean'])}."
+        f"**{report.head_label} scores {report.support_role} above every {report.distractor_role} in {percent(rate)} of "
+        f"{events:,} events at step {last['checkpoint_step']}**{start if len(rows) > 1 else ''}; chance is {percent(chance)}"
+        f"{', so that is no more than chance' if near else ''} ({last['projection']} at {last['context_stage']}). Mean "
+        f"separation there: {number(last['qk_match_separation_mean'])}."
     )
 
 

@@ -289,10 +289,13 @@ def test_markdown_names_the_link_that_moved_first(found):
     for name, metric in names.items():
         values = [row[f"{metric}_mean"] for row in primary]
         shares = (np.array(values) - values[0]) / (values[-1] - values[0])
-        half_way[name] = STEPS[int(np.argmax(shares >= 0.5))]
+        half_way[name] = STEPS[max(at for at in range(len(STEPS)) if shares[at] < 0.5) + 1]
     assert {row["link"]: row["half_way_step"] for row in content["links"]} == half_way
     half_way.pop("answer loss")
-    first = [name for name in half_way if half_way[name] == min(half_way.values())]
+    changes = {row["link"]: row["change"] for row in content["links"]}
+    first = [
+        f"{name} ({changes[name]:+.3g})" for name in half_way if half_way[name] == min(half_way.values())
+    ]
     assert content["findings"][0].startswith(
         f"**{' and '.join(', '.join(first).rsplit(', ', 1))} moved first**"
     )
