@@ -144,3 +144,25 @@ def test_each_panel_colours_its_own_series():
     }
     assert coloured["two"] != coloured["three"]
     assert svg.count(">training step<") == 1
+
+
+def test_a_series_has_one_colour_in_all_panels():
+    """Whichever moved most in a panel."""
+    ends = {"a": {"two": 9.0, "three": 5.0, "level": 1.0}, "b": {"three": 9.0, "two": 5.0}}
+    frame = pl.DataFrame(
+        [
+            {"step": step, "panel": panel, "name": name, "value": step * end}
+            for panel, series in ends.items()
+            for name, end in series.items()
+            for step in (1, 2)
+        ]
+    )
+    chart = Trajectory("t", "v", "T", series="name", panel="panel")
+    spec = json.dumps(specification(chart, frame, "about", False))
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=theme.vega_lite_version())
+    found = {
+        name: set(re.findall(rf'<text[^>]*fill="(#\w+)"[^>]*>{name}</text>', svg))
+        for name in ("two", "three", "level")
+    }
+    assert [len(colours) for colours in found.values()] == [1, 1, 1]
+    assert len(set.union(*found.values())) == 3
