@@ -295,13 +295,23 @@ def _outcome(report: ContextualKeySeparability, own: list[dict[str, Any]], full:
         when = f"; it was {number(first['separation_ratio'])} at step {first['checkpoint_step']}"
         if better:
             when += f", and is above the full residual from step {own[since]['checkpoint_step']} on"
+    groups = f"{last['num_groups']} groups by {report.group_by}"
+    if _beyond_chance(report, last):
+        verdict = f"separate {groups}, {'better' if better else 'no better'} than the full residual does"
+    else:
+        verdict = f"do not separate {groups} beyond {'shuffled labels' if report.permutations else 'chance'}"
     return (
-        f"**{report.head_label}'s QK directions separate {last['num_groups']} groups by {report.group_by} "
-        f"{'better' if better else 'no better'} than the full residual** at {last['context_stage']}, step "
-        f"{last['checkpoint_step']}: variance between / within is {number(last['separation_ratio'])} on "
-        f"{last['projection']} ({last['projected_dim']} dimensions), {number(whole['separation_ratio'])} on all "
-        f"{whole['projected_dim']}, {number(last['chance_separation_ratio'])} by chance{when}."
+        f"**{report.head_label}'s QK directions {verdict}**, at {last['context_stage']}, step {last['checkpoint_step']}: "
+        f"variance between / within is {number(last['separation_ratio'])} on {last['projection']} "
+        f"({last['projected_dim']} dimensions), {number(whole['separation_ratio'])} on all {whole['projected_dim']}, "
+        f"{number(last['chance_separation_ratio'])} by chance{when}."
     )
+
+
+def _beyond_chance(report: ContextualKeySeparability, row: Mapping[str, Any]) -> bool:
+    if report.permutations:
+        return bool(row["separation_ratio_permuted_p_value"] <= 0.05)
+    return bool(row["separation_ratio"] > row["chance_separation_ratio"])
 
 
 def _accuracy(own: list[dict[str, Any]], full: list[dict[str, Any]]) -> str:

@@ -440,6 +440,21 @@ def test_findings_and_warnings(made, tmp_path):
     assert other["warnings"] == []
 
 
+def test_no_separation_is_said(tmp_path):
+    def unrelated(events, residuals):
+        rng = np.random.default_rng(11)
+        for vectors in residuals.values():
+            vectors[:] = rng.normal(size=vectors.shape)
+
+    made = make_contextual_lake(tmp_path / "noise.lake", [1, 2], change=unrelated)
+    _, rows, content = written(made, tmp_path, permutations=50)
+    last = [row for row in rows["metric_rows"] if row["checkpoint_step"] == 2]
+    best = max(last, key=lambda row: row["separation_ratio"])
+    assert best["separation_ratio_permuted_p_value"] > 0.05
+    assert "do not separate 4 groups by query_key beyond shuffled labels**" in content["findings"][0]
+    made.lake.close()
+
+
 def test_charts(made, tmp_path):
     printed = run_report(made.lake, report(permutations=10), tmp_path / "out", chart_formats=["svg"])
     drawn = Path(printed["plots"]["trajectory"]).read_text()
