@@ -219,7 +219,7 @@ class ContextualKeySeparability(ContextualReport, WindowOptions):
 
     def warnings(self, results: Results) -> list[str]:
         """Where the grouping is trivial, or the window empty."""
-        lines = []
+        lines = super().warnings(results)
         if not results.value(
             "SELECT count(*) FROM context_vectors WHERE group_token_id <> position_token_id"
         ):

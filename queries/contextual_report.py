@@ -147,6 +147,18 @@ class ContextualReport(HeadReport, BehaviorOptions, _ContextSections):
                 )
         return {spec.label: Context(*found[spec.label]) for spec in self.role_specs()}
 
+    def warnings(self, results: Results) -> list[str]:
+        """Events without a role give no vector, but answer all the same."""
+        rows = results.rows(
+            "SELECT context_role, count(DISTINCT event) AS events, (SELECT count(*) FROM chosen_events) AS total "
+            "FROM context_vectors GROUP BY context_role HAVING events < total ORDER BY context_role"
+        )
+        return [
+            f"{row['total'] - row['events']} of {row['total']} events have no {row['context_role']}: they give no "
+            "vectors, but count in the answer margin."
+            for row in rows
+        ]
+
     def residuals(self, results: Results) -> Iterator[tuple[int, str, Residuals]]:
         """(step, stage, its stored vectors), one at a time, so that memory does not grow with steps."""
         for step in results.steps:

@@ -233,13 +233,14 @@ class ContextualSVDAlignment(ContextualReport):
         swapped = results.rows(
             "SELECT DISTINCT checkpoint_step AS step FROM alignment_rows WHERE matched_rank <> singular_rank ORDER BY step"
         )
-        if not swapped:
-            return []
-        steps = ", ".join(str(row["step"]) for row in swapped[:8]) + (", …" if len(swapped) > 8 else "")
-        return [
-            f"Directions up to rank {self.top_ranks} took another's place at {len(swapped)} checkpoints ({steps}): follow "
-            "`matched_rank` there, not the rank."
-        ]
+        lines = super().warnings(results)
+        if swapped:
+            steps = ", ".join(str(row["step"]) for row in swapped[:8]) + (", …" if len(swapped) > 8 else "")
+            lines.append(
+                f"Directions up to rank {self.top_ranks} took another's place at {len(swapped)} checkpoints ({steps}): "
+                "follow `matched_rank` there, not the rank."
+            )
+        return lines
 
     def facts(self, lake: Lake, results: Results) -> dict[str, Any]:
         """Correlations over checkpoints by name, and the overlap of a random direction."""

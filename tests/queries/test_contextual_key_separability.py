@@ -455,6 +455,20 @@ def test_no_separation_is_said(tmp_path):
     made.lake.close()
 
 
+def test_events_without_the_role_are_counted(tmp_path):
+    def lost(events, residuals):
+        for event in events[:3]:
+            del event["roles"]["support_value"]
+
+    made = make_contextual_lake(tmp_path / "lost.lake", [1, 2], change=lost)
+    _, rows, content = written(made, tmp_path, context_role="support_value")
+    assert {row["num_vectors"] for row in rows["metric_rows"]} == {45}
+    assert content["warnings"] == [
+        "3 of 48 events have no support_value: they give no vectors, but count in the answer margin."
+    ]
+    made.lake.close()
+
+
 def test_charts(made, tmp_path):
     printed = run_report(made.lake, report(permutations=10), tmp_path / "out", chart_formats=["svg"])
     drawn = Path(printed["plots"]["trajectory"]).read_text()
