@@ -129,7 +129,7 @@ class ContextualSVDAlignment(ContextualReport):
     example: ClassVar[str] = (
         "lakebed query contextual-svd-alignment --lake demo.lake --run demo --head L1H0 --context-stage layer_0_post_mlp "
         "--role prediction --role-spec support_value:position_role=support_value --plot-left-role prediction "
-        "--plot-right-role support_value --out alignment"
+        "--plot-right-role support_value --pca-rank 3 --out alignment"
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
         "head": "L1H0",
@@ -138,6 +138,7 @@ class ContextualSVDAlignment(ContextualReport):
         "role_spec": ("support_value:position_role=support_value",),
         "plot_left_role": "prediction",
         "plot_right_role": "support_value",
+        "pca_rank": 3,
         "permutations": 100,
     }
 

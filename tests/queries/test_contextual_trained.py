@@ -238,3 +238,10 @@ def test_every_role_reads_at_every_grouping_of_the_task(lake, tmp_path):
         if number == 0:
             first = ratios
         assert ratios == first
+
+
+@pytest.mark.parametrize("name", ["contextual-key-separability", "contextual-svd-alignment"])
+def test_the_demo_options_fit_the_demo_task(lake, tmp_path, name):
+    printed = run_report(lake, load_report(name).parse(load_report(name).demo_options), tmp_path / "out")
+    assert "trajectory" in printed["plots"]
+    assert "L1H0" in Path(printed["markdown"]).read_text()
