@@ -51,22 +51,22 @@ FROM (
 )
 GROUP BY step, layer, head, place
 
--- Attention and scores of each event at the support and at the strongest distractor.
--- view: head_events
-SELECT
-    a.step, a.layer, a.head, a.event,
-    a.probabilities[e.support_key]::DOUBLE AS support_key_attention,
-    a.probabilities[e.support_value]::DOUBLE AS support_value_attention,
-    a.probabilities[e.support_op]::DOUBLE AS support_op_attention,
-    coalesce(list_max(list_select(a.probabilities, e.key_distractors))::DOUBLE, 0) AS key_distractor_attention_max,
-    coalesce(list_max(list_select(a.probabilities, e.value_distractors))::DOUBLE, 0) AS value_distractor_attention_max,
-    a.scores[e.support_key]::DOUBLE - list_max(list_select(a.scores, e.key_distractors)) AS support_key_qk_margin,
-    a.scores[e.support_value]::DOUBLE - list_max(list_select(a.scores, e.value_distractors)) AS support_value_qk_margin
-FROM attention_patterns AS a
-JOIN event_places AS e USING (event)
-WHERE a.run = $run AND a.probe = $probe AND a.query_role = 'prediction' AND list_contains($steps, a.step)
-
+-- Means over events of attention and scores at the support and at the strongest distractor, and of the OV write.
 -- view: head_means
+WITH head_events AS (
+    SELECT
+        a.step, a.layer, a.head, a.event,
+        a.probabilities[e.support_key]::DOUBLE AS support_key_attention,
+        a.probabilities[e.support_value]::DOUBLE AS support_value_attention,
+        a.probabilities[e.support_op]::DOUBLE AS support_op_attention,
+        coalesce(list_max(list_select(a.probabilities, e.key_distractors))::DOUBLE, 0) AS key_distractor_attention_max,
+        coalesce(list_max(list_select(a.probabilities, e.value_distractors))::DOUBLE, 0) AS value_distractor_attention_max,
+        a.scores[e.support_key]::DOUBLE - list_max(list_select(a.scores, e.key_distractors)) AS support_key_qk_margin,
+        a.scores[e.support_value]::DOUBLE - list_max(list_select(a.scores, e.value_distractors)) AS support_value_qk_margin
+    FROM attention_patterns AS a
+    JOIN event_places AS e USING (event)
+    WHERE a.run = $run AND a.probe = $probe AND a.query_role = 'prediction' AND list_contains($steps, a.step)
+)
 SELECT
     h.step, h.layer, h.head,
     count(*) AS num_examples,
