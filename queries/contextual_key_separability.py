@@ -125,7 +125,7 @@ class ContextualKeySeparability(ContextualReport, WindowOptions):
         "--projection-rank 8 --include-full-residual --permutations 200 --out separability"
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
-        "head": "L1H0",
+        "head": "L1H1",
         "context_stage": ("layer_0_post_mlp",),
         "projection_rank": 4,
         "include_full_residual": True,

@@ -132,12 +132,12 @@ class ContextualSVDAlignment(ContextualReport):
         "--plot-right-role support_value --pca-rank 3 --out alignment"
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
-        "head": "L1H0",
+        "head": "L1H1",
         "context_stage": "layer_0_post_mlp",
         "role": ("prediction",),
-        "role_spec": ("support_value:position_role=support_value",),
+        "role_spec": ("support_key:position_role=support_key",),
         "plot_left_role": "prediction",
-        "plot_right_role": "support_value",
+        "plot_right_role": "support_key",
         "pca_rank": 3,
         "permutations": 100,
     }
