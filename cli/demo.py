@@ -41,6 +41,7 @@ def demo(lake_uri: str, out: str, config: str, num_steps: int | None, threads: i
 
     Takes under two minutes on two cores. Given again, it goes on where it was. The last line on stdout is one JSON object.
     """
+    from ..extractors.probes import build_probe
     from ..extractors.threads import set_threads
     from ..extractors.training import load, train
     from ..lake import Lake
@@ -53,6 +54,7 @@ def demo(lake_uri: str, out: str, config: str, num_steps: int | None, threads: i
         with _timed(clock, "train"):
             result = train(lake, RUN, loaded, num_steps=num_steps, progress=bars)
         with _timed(clock, "extract"):
+            build_probe(lake, RUN)
             _extract(lake, bars)
         with _timed(clock, "reports"):
             reports = _run_reports(lake, Path(out), bars)
