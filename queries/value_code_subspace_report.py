@@ -116,6 +116,8 @@ class ValueCodeSubspaceReport(ValueCodeReport):
         "stage": ("layer_0_post_mlp", "layer_1_post_mlp", "final_norm"),
         "position_role": ("prediction", "support_value"),
         "group_by": (ANSWER_VALUE, "query_key"),
+        # The demo has four keys.
+        "pca_rank": 3,
     }
 
     @field_validator("stage", "position_role", "group_by")
