@@ -112,15 +112,16 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
     )
     next_queries = (
         (
-            "Attention of every head to the support value, step by step, without the pairs:",
-            "SELECT a.step, a.layer, a.head, avg(a.probability) AS attention FROM attention a JOIN positions p ON "
-            "p.run = a.run AND p.probe = a.probe AND p.event = a.event AND p.position = a.key_position WHERE a.run = $run "
-            "AND p.role = 'support_value' GROUP BY ALL ORDER BY attention DESC LIMIT 20",
+            "Attention of every head to the support value at the last step, over all events instead of the pairs:",
+            "SELECT a.layer, a.head, avg(a.probability) AS attention FROM attention a JOIN positions p ON p.run = a.run AND "
+            "p.probe = a.probe AND p.event = a.event AND p.position = a.key_position WHERE a.run = $run AND a.query_role = "
+            "'prediction' AND p.role = 'support_value' AND a.step = (SELECT max(step) FROM attention_patterns) GROUP BY ALL "
+            "ORDER BY attention DESC",
         ),
         (
-            "Which heads' writes help the answer at the last step, frozen LayerNorm (these add up to the margin):",
+            "Which heads' writes carry the margin at the last step, with the LayerNorm's scale frozen:",
             "SELECT layer, head, avg(margin_dla_frozen) AS dla FROM head_writes WHERE run = $run AND role = 'write' AND "
-            "probe = 'probe' AND step = (SELECT max(step) FROM head_writes) GROUP BY ALL ORDER BY dla DESC",
+            "query_role = 'prediction' AND step = (SELECT max(step) FROM head_writes) GROUP BY ALL ORDER BY dla DESC",
         ),
     )
     example: ClassVar[str] = (

@@ -112,19 +112,20 @@ class BilinearQKMatchSeparation(HeadReport, WindowOptions):
     next_queries = (
         (
             "The rank-8 score of every stored key position of one event, from the coordinates:",
-            "SELECT q.step, k.position, list_sum(list_transform(s.sigma[1:8], lambda v, i: v * q.query[i] * k.key[i])) / "
-            "sqrt(len(q.query)) AS rank_8 FROM qk_coordinates q JOIN qk_coordinates k USING (run, probe, step, example, "
-            "layer, head, stage, layernorm_mode) JOIN (SELECT run, step, layer, head, list(singular_value ORDER BY rank) "
-            "AS sigma FROM singular_values WHERE matrix = 'W_QK' GROUP BY ALL) s USING (run, step, layer, head) JOIN "
-            "events e USING (run, probe, example) WHERE run = $run AND e.event = 0 AND q.position = "
-            "e.prediction_position AND k.position <= q.position ORDER BY q.step, k.position LIMIT 40",
+            "SELECT q.step, layer, head, stage, layernorm_mode, k.position, list_sum(list_transform(s.sigma[1:8], "
+            "lambda v, i: v * q.query[i] * k.key[i])) / sqrt(len(q.query)) AS rank_8 FROM qk_coordinates q JOIN "
+            "qk_coordinates k USING (run, probe, step, example, layer, head, stage, layernorm_mode) JOIN (SELECT run, "
+            "step, layer, head, list(singular_value ORDER BY rank) AS sigma FROM singular_values WHERE matrix = 'W_QK' "
+            "GROUP BY ALL) s USING (run, step, layer, head) JOIN events e USING (run, probe, example) WHERE run = $run "
+            "AND e.event = 0 AND q.position = e.prediction_position AND k.position <= q.position ORDER BY ALL LIMIT 40",
         ),
         (
-            "Where the distractor that comes nearest stands, by how many keys back it was written:",
-            "SELECT e.step, rank_before, avg(probability) AS attention FROM (SELECT a.step, a.probability, row_number() "
-            "OVER (PARTITION BY a.step, a.event, a.layer, a.head ORDER BY p.position DESC) AS rank_before FROM attention a "
-            "JOIN positions p ON p.run = a.run AND p.probe = a.probe AND p.event = a.event AND p.position = a.key_position "
-            "WHERE a.run = $run AND p.role = 'value_distractors') e GROUP BY ALL ORDER BY ALL",
+            "How far back the value lies that each head attends to, at the last step (1 is the one written last):",
+            "SELECT layer, head, written_before, avg(probability) AS attention FROM (SELECT a.layer, a.head, a.probability, "
+            "row_number() OVER (PARTITION BY a.probe, a.event, a.layer, a.head ORDER BY p.position DESC) AS written_before "
+            "FROM attention a JOIN positions p ON p.run = a.run AND p.probe = a.probe AND p.event = a.event AND "
+            "p.position = a.key_position WHERE a.run = $run AND a.query_role = 'prediction' AND a.step = (SELECT max(step) "
+            "FROM attention_patterns) AND p.role IN ('support_value', 'value_distractors')) GROUP BY ALL ORDER BY ALL",
         ),
     )
     example: ClassVar[str] = (

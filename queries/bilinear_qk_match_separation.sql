@@ -72,7 +72,7 @@ WITH keys AS (
     SELECT event, example, false AS is_support, unnest(distractor_positions) AS position FROM key_rule
 )
 SELECT
-    q.step, q.stage, q.event, p.projection, k.is_support,
+    q.step, q.stage, q.event, p.projection, k.is_support, k.position,
     list_dot_product(q.query[1:p.ranks], c.key[1:p.ranks]::DOUBLE[])
     + CASE WHEN p.biases THEN q.query_bias + c.key_bias / sqrt(q.d_head) ELSE 0 END AS score
 FROM qk_coordinates AS c
@@ -93,9 +93,9 @@ WITH sides AS (
     SELECT
         step, stage, event, projection,
         count(*) AS num_scores,
-        avg(score) FILTER (is_support) AS support_score_mean,
+        avg(score ORDER BY position) FILTER (is_support) AS support_score_mean,
         max(score) FILTER (is_support) AS support_score_max,
-        avg(score) FILTER (NOT is_support) AS distractor_score_mean,
+        avg(score ORDER BY position) FILTER (NOT is_support) AS distractor_score_mean,
         max(score) FILTER (NOT is_support) AS distractor_score_max
     FROM scores
     GROUP BY step, stage, event, projection

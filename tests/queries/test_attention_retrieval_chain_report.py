@@ -313,6 +313,11 @@ def test_printed_keys_are_the_contracts(lake, tmp_path):
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
+def test_the_queries_to_go_on_with_find_something(lake):
+    for _, sql in report().next_queries:
+        assert lake.sql(sql.replace("$run", f"'{RUN}'")).fetchall()
+
+
 def test_needs_are_those_of_the_sides_asked_for():
     clean = report(record_side=("clean",))
     assert {need.parameters["probe"] for need in clean.needs()} == {"probe"}

@@ -65,6 +65,11 @@ def test_a_split_is_all_that_is_counted(lake, tmp_path):
     assert content["chance_win_rate"] == pytest.approx(np.mean(keys))
 
 
+def test_the_queries_to_go_on_with_find_something(lake):
+    for _, sql in report().next_queries:
+        assert lake.sql(sql.replace("$run", f"'{RUN}'")).fetchall()
+
+
 def test_needs_are_coordinates_of_each_stage():
     asked = [(need.dataset, dict(need.parameters)) for need in report(context_stage=STAGES).needs()]
     form = {"probe": "probe", "head": HEAD, "layernorm_mode": "head_ln1"}
