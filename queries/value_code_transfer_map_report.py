@@ -301,7 +301,12 @@ class ValueCodeTransferMapReport(ValueCodeReport):
             since = row["checkpoint_step"]
         if since is None:
             return f"At rank {rank} it is not ahead of all its controls in both R² and accuracy at the last step."
-        return f"At rank {rank} it is ahead of all its controls, in R² and in accuracy, from step **{since}** to the last."
+        when = (
+            "at the last step"
+            if since == rows[-1]["checkpoint_step"]
+            else f"from step **{since}** to the last"
+        )
+        return f"At rank {rank} it is ahead of all its controls, in R² and in accuracy, {when}."
 
     def _other_ranks(self, results: Results, top: int) -> list[str]:
         rows = results.rows(
