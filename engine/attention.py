@@ -114,6 +114,6 @@ class Attended:
 def attend(queries: Queries, query: Tensor, keys: Tensor, values: Tensor) -> Attended:
     """From `Float[batch, head, position, d_head]` of a layer, at the query positions only."""
     place = queries.positions[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-    chosen = query.gather(2, place)
-    scores = chosen @ keys.transpose(-2, -1) / math.sqrt(query.shape[-1]) + queries.hidden
+    chosen = query.gather(2, place) / math.sqrt(query.shape[-1])
+    scores = (chosen @ keys.transpose(-2, -1)).add_(queries.hidden)
     return Attended(queries, scores, scores.softmax(-1), values)
