@@ -17,6 +17,7 @@ from ..engine.capture import Batch, CaptureError
 from ..engine.forward import Model
 from ..engine.readout import Choices
 from ..lake import Lake
+from ..lake.datasets import CORRUPTED
 from ..lake.errors import MissingData, UnknownName
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
@@ -121,6 +122,12 @@ def load_probe(lake: Lake, run: str, name: str) -> ProbeData:
     probes = lake.table("probes", run).select("probe", "sha256", "source").collect().rows_by_key("probe")
     if name not in probes:
         held = f"it has {', '.join(sorted(probes))}" if probes else "it has none yet"
+        clean = name.removesuffix(CORRUPTED)
+        if clean != name and clean in probes and probes[clean][0][1] != "symbolic_kv":
+            raise MissingData(
+                f"probe {clean!r} of run {run!r} has no causal patch pairs, and so no corrupted records: only probes of the "
+                "symbolic-KV task have (lakebed probe build)"
+            )
         raise MissingData(
             f"Probe-set not found: run {run!r} has no probe {name!r}; {held}. Run: lakebed probe build --lake {lake.uri} "
             f"--run {run} --probe {name}, or lakebed probe import FILE.jsonl"

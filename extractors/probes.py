@@ -25,7 +25,7 @@ from ..engine.symbolic_kv.probes import (
     sample_probe,
 )
 from ..lake import Lake, Unit, UnitWriter
-from ..lake.datasets import DEFAULT_PROBE, PROBE
+from ..lake.datasets import CORRUPTED, DEFAULT_PROBE, PROBE
 from ..lake.errors import InputMismatch, InvalidName
 from ..lake.names import canonical_json, spec_id
 from .probe_rows import write_probe
@@ -33,7 +33,6 @@ from .runs import run_row
 from .training import ADAPTER
 
 VERSION = 1
-CORRUPTED = ".corrupted"
 DEFAULT_MAX_PAIRS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,79}")
 

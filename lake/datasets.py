@@ -50,6 +50,8 @@ COMPONENT_LOGITS = "component_logits"
 QK_COORDINATES = "qk_coordinates"  # head (L2H1), stage, layernorm_mode
 INTERVENTIONS = "interventions"  # operation: zero
 DEFAULT_PROBE = "probe"
+# The corrupted records of a probe's pairs are a probe of that name.
+CORRUPTED = ".corrupted"
 PAIR_TYPES = ("query_key", "support_value", "recency", "distractor")
 
 # The matrices of dataset svd, in report order. Products of two head projections have at most head-width ranks.

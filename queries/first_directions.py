@@ -140,7 +140,9 @@ def _token_lists(
 ) -> pa.ListArray:
     """Int and Float[n, k] as n lists of {token, token_id, signed_score, abs_score}."""
     flat, scores = pa.array(ids.reshape(-1)), signed.reshape(-1)
-    names = pa.array(vocabulary, pa.string()).take(flat) if vocabulary else pa.nulls(len(flat), pa.string())
+    texts = pa.array(vocabulary or [], pa.string())
+    # An imported probe knows the texts of its own tokens only.
+    names = texts.take(pa.array(ids.reshape(-1), mask=ids.reshape(-1) >= len(texts)))
     tokens = pa.StructArray.from_arrays(
         [names, flat, pa.array(scores), pa.array(np.abs(scores))],
         ["token", "token_id", "signed_score", "abs_score"],

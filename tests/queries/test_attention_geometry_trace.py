@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from lakebed.lake import Lake
 from lakebed.lake.errors import MissingData, UnknownName
+from lakebed.queries.first_directions import _token_lists
 from lakebed.queries.registry import load_report
 from lakebed.queries.report import InvalidOption, ReportFailed
 from lakebed.queries.results import Results
@@ -362,3 +363,10 @@ def test_what_is_missing_or_unknown_is_named(lake, trace):
         Results(lake, asked(steps="75"))
     with pytest.raises(MissingData, match="has no probe 'probe'; it has none yet"):
         Results(trace.lake, asked(run="traced"))
+
+
+def test_a_top_token_whose_text_the_probe_does_not_know_has_an_id_alone():
+    ids, scores = np.array([[1, 30]]), np.array([[2.0, -1.0]])
+    (found,) = _token_lists(ids, scores, ["a", "b"]).to_pylist()
+    assert [(token["token"], token["token_id"]) for token in found] == [("b", 1), (None, 30)]
+    assert [token["token"] for token in _token_lists(ids, scores, None).to_pylist()[0]] == [None, None]
