@@ -127,11 +127,11 @@ def dataset_needs(datasets: Sequence[str], options: Mapping[str, tuple[str, ...]
         combinations: list[dict[str, str]] = [{}]
         for name, (takers, defaults) in _DATASET_OPTIONS.items():
             if dataset in takers:
-                values: tuple[str | None, ...] = options[name] or defaults
+                chosen: tuple[str | None, ...] = options[name] or defaults
                 combinations = [
                     {**made, name: value} if value is not None else made
                     for made in combinations
-                    for value in values
+                    for value in chosen
                 ]
         needs += [Need(dataset, parameters) for parameters in combinations]
     return needs
