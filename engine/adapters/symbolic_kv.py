@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -147,7 +148,12 @@ class SymbolicKVAdapter:
 
     def parameter_shapes(self, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter, in the model's order; there is one spelling."""
-        with torch.device("meta"):
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        # Not on device "meta", where drawing the first weights imports a compiler for two seconds.
+        with torch.random.fork_rng(devices=[]):
             model = SymbolicKVDecoder(self.config.model, self.config.benchmark.vocabulary_size)
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
