@@ -39,6 +39,7 @@ RECORDED = (TRACE, CHECKPOINT, EVALUATION, RUN)
 
 SVD = "svd"
 WEIGHTS = "weights"
+MOMENTS = "moments"
 
 # Made by `lakebed probe`; everything below it is made by forward passes over a probe, parameter {"probe": NAME, …}.
 PROBE = "probe"

@@ -99,6 +99,10 @@ def test_a_second_extraction_makes_nothing_and_other_inputs_are_refused(lake, co
     assert len(lake.tensor("weights", "final_norm.bias", "r").steps) == 7
     sql = lake.sql("select count(*) from weights where parameter = 'final_norm.bias' and step = 3").fetchall()
     assert sql == [(1,)]
+    assert extract(lake, "r", [Need("moments")], "0:12:3").made == {"moments": [3, 6, 9]}
+    for quantity in ("exp_avg", "exp_avg_sq"):
+        # Before the first update there are none.
+        assert lake.tensor(quantity, "final_norm.bias", "r").steps.tolist() == [3, 4, 6, 8, 9, 12]
     from lakebed.extractors.svd import SVDExtractor
 
     with pytest.MonkeyPatch.context() as patch:
