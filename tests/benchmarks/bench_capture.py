@@ -97,15 +97,16 @@ def _spent(function: Callable[[], object]) -> tuple[float, float]:
 def _peak_megabytes(lake: Path, checkpoints: int, layout: str) -> float:
     """Of a process that extracts that many checkpoints."""
     program = (
-        "import resource; from tests.benchmarks.bench_capture import extract_copy; "
+        "from tests.benchmarks.bench_capture import extract_copy; "
         f"extract_copy({str(lake)!r}, '0:{checkpoints - 1}', {layout!r}); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        # Not getrusage: its maximum survives exec, and so would be this process's own.
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True
     )
-    return float(done.stdout.split()[-1])
+    return int(done.stdout.split()[-1]) / 1024
 
 
 def extract_copy(lake_path: str | Path, steps: str, layout: str) -> tuple[float, float, int]:
