@@ -59,9 +59,9 @@ class ForwardExtractor(dataset.Extractor):
 
     def extract(self, context: dataset.Context, state: State, writer: UnitWriter) -> None:
         """Writes one step by a pass for this dataset alone."""
-        passes = ForwardPasses(context, [self])
-        captured, made = passes.capture(state, [self])
-        self.write(writer, state.step, captured, made)
+        with ForwardPasses(context, [self]) as passes:
+            captured, made = passes.capture(state, [self])
+            self.write(writer, state.step, captured, made)
 
 
 class Passed:
@@ -113,6 +113,7 @@ class ForwardPasses:
         self._batches: dict[str, ProbeBatches] = {}
         self._checked: set[ForwardExtractor] = set()
         self._pool: ThreadPoolExecutor | None = None
+        self._workers: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
     def run(
@@ -150,10 +151,27 @@ class ForwardPasses:
         candidates = batches.batches[0].choices.candidates
         capture = Capture(model, candidates, request)
         try:
-            parts = [capture.run(batch) for batch in batches.batches]
+            parts = self._run(capture, batches)
         except CaptureError as error:
             raise CaptureError(f"step {state.step} of run {self._context.run!r}: {error}") from error
         return parts, Passed(batches, model, candidates.cpu())
+
+    def _run(self, capture: Capture, batches: ProbeBatches) -> list[Captured]:
+        """Batches side by side, a torch thread each: two threads on one batch wait for each other at every operation, and for
+        the writer that shares their cores."""
+        count = torch.get_num_threads()
+        workers = min(count, len(batches.batches)) if self._device == "cpu" else 1
+        if workers == 1:
+            return [capture.run(batch) for batch in batches.batches]
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(
+                workers, "lakebed-forward", partial(torch.set_num_threads, max(1, count // workers))
+            )
+        try:
+            return list(self._workers.map(capture.run, batches.batches))
+        finally:
+            # torch takes the last number set for the default of every thread to come.
+            torch.set_num_threads(count)
 
     def _batches_of(self, probe: ProbeData, model: Model) -> ProbeBatches:
         if probe.name not in self._batches:
@@ -190,8 +208,9 @@ class ForwardPasses:
             if kind is None:
                 self.wait()
         finally:
-            if self._pool is not None:
-                self._pool.shutdown()
+            for pool in (self._pool, self._workers):
+                if pool is not None:
+                    pool.shutdown()
 
 
 def _write(

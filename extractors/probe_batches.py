@@ -230,8 +230,8 @@ def make_batches(
     return made
 
 
-# Tokens in a batch: large enough for matrix products, small enough that a layer's activations stay in cache.
-DEFAULT_BATCH_SIZE = 8192
+# Tokens in a batch: a layer's activations stay in cache, and every core has batches of its own.
+DEFAULT_BATCH_SIZE = 2048
 
 
 def _groups(lengths: Integers, size: int) -> list[Integers]:
