@@ -47,7 +47,12 @@ CROSS JOIN group_totals AS t
 ORDER BY c.checkpoint_step, s.stage_place, s.projection_place
 
 -- rows: metric_rows
-SELECT * FROM every_metric WHERE $include_full_residual OR projection <> 'full_residual'
+SELECT *
+FROM every_metric
+WHERE $include_full_residual OR projection <> 'full_residual'
+ORDER BY
+    checkpoint_step, list_position($context_stage, context_stage),
+    list_position(['qk_left', 'qk_right', 'qk_both', 'full_residual'], projection)
 
 -- rows: group_rows
 WITH by_group AS (

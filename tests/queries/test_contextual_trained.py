@@ -244,4 +244,4 @@ def test_every_role_reads_at_every_grouping_of_the_task(lake, tmp_path):
 def test_the_demo_options_fit_the_demo_task(lake, tmp_path, name):
     printed = run_report(lake, load_report(name).parse(load_report(name).demo_options), tmp_path / "out")
     assert "trajectory" in printed["plots"]
-    assert "L1H0" in Path(printed["markdown"]).read_text()
+    assert "L1H1" in Path(printed["markdown"]).read_text()
