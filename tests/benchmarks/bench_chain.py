@@ -56,7 +56,7 @@ REPORTS: dict[str, tuple[str, ...]] = {
     ),
     "attention-retrieval-chain-report": (
         *(*HEAD, *ROLES, "--distractor-key-role", "value_distractors"),
-        *("--pair-type", "support_value", "--pair-type", "distractor"),
+        *("--pair-type", "support_value", "--pair-type", "distractor", "--record-side", "clean"),
     ),
     "value-code-subspace-report": (
         *(
@@ -83,13 +83,13 @@ def _timed(*words: str) -> float:
     return time.perf_counter() - started
 
 
-def build(folder: Path, examples_per_split: int = 24) -> tuple[Path, list[int]]:
+def build(folder: Path, examples_per_split: int = 96) -> tuple[Path, list[int]]:
     """A formation run of a few steps with a probe: the lake's path and the steps to look at."""
     path, steps = folder / "chain.lake", [EVERY * i for i in range(CHECKPOINTS)]
     config = load_config("formation")
     with Lake.open_or_create(path) as lake, contextlib.redirect_stdout(io.StringIO()):
         train(lake, "ref", config, num_steps=steps[-1])
-        build_probe(lake, "ref", examples_per_split=examples_per_split)
+        build_probe(lake, "ref", splits=(SPLIT,), examples_per_split=examples_per_split)
     return path, steps
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lakebed.engine.decoder import SymbolicKVDecoder
+from lakebed.engine.forward import residual_stages
 from torch import Tensor
 
 LAYER, HEAD, STAGE = 2, 1, "layer_1_post_mlp"
@@ -23,7 +24,7 @@ def load(path: Path, build: Callable[[], SymbolicKVDecoder]) -> SymbolicKVDecode
     """A checkpoint, as every report of a script begins."""
     model = build()
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 class Hooks:
@@ -137,7 +138,7 @@ def path_logit_decomposition(model: SymbolicKVDecoder, events: Sequence[Event]) 
             for head in range(model.config.n_heads):
                 rows.append(float(hooks.write(layer, head, event["p"]) @ gradient))
             rows.append(float(hooks.held[f"blocks.{layer}.ff"][1][event["p"]] @ gradient))
-        for stage in model.stages:
+        for stage in residual_stages(model.config.n_layers):
             logits = model.lens(stage, hooks.stage(stage)[event["p"]])
             rows.append(float(logits[event["answer"]] - logits[event["wrong"]].max()))
     return rows
