@@ -93,6 +93,7 @@ def _reports() -> list[Any]:
 
 def _extract(lake: Any, bars: Any) -> None:
     from ..extractors.plan import extract
+    from ..lake.datasets import SVD
     from ..lake.names import canonical_json
 
     needs = {
@@ -100,10 +101,14 @@ def _extract(lake: Any, bars: Any) -> None:
         for report in _reports()
         for need in report.needs()
     }
-    # About fifty points for the charts; those between anchors are replayed.
     last = lake.table("steps", RUN).select("step").collect()["step"].max()
+    # About fifty points for the charts of weights, half as many for those of forward passes; steps between anchors are
+    # replayed. A report takes the steps at which everything it needs is there.
     stride = max(1, -(-last // 50))
-    extract(lake, RUN, list(needs.values()), f"0:{last}:{stride},last", progress=bars)
+    of_weights = [need for need in needs.values() if need.dataset == SVD]
+    of_passes = [need for need in needs.values() if need not in of_weights]
+    extract(lake, RUN, of_weights, f"0:{last}:{stride},last", progress=bars)
+    extract(lake, RUN, of_passes, f"0:{last}:{2 * stride},last", progress=bars)
 
 
 def _run_reports(lake: Any, out: Path, bars: Any) -> dict[str, dict[str, Any]]:
