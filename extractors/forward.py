@@ -157,8 +157,8 @@ class ForwardPasses:
         return parts, Passed(batches, model, candidates.cpu())
 
     def _run(self, capture: Capture, batches: ProbeBatches) -> list[Captured]:
-        """Batches side by side, a torch thread each: two threads on one batch wait for each other at every operation, and for
-        the writer that shares their cores."""
+        """Batches side by side, a torch thread each: two threads on one batch wait for each other at every operation, and
+        for the writer that shares their cores."""
         count = torch.get_num_threads()
         workers = min(count, len(batches.batches)) if self._device == "cpu" else 1
         if workers == 1:
