@@ -122,7 +122,7 @@ def extract_copy(lake_path: str | Path, steps: str, layout: str) -> tuple[float,
         shutil.rmtree(copy.parent)
 
 
-def run(checkpoints: int = 6, repeats: int = 3) -> dict[str, float | str]:
+def run(checkpoints: int = 14, repeats: int = 2) -> dict[str, float | str]:
     """Medians over repeats; the bare pass is measured between the extractions, so that both see the same machine."""
     folder = Path(tempfile.mkdtemp())
     try:
