@@ -116,13 +116,6 @@ FROM singular_values
 WHERE run = $run AND list_contains($steps, step) AND matrix IN ('W_QK', 'W_OV') AND rank <= 5
 GROUP BY step, layer, head
 
--- First singular vectors of W_QK and W_OV: query, key, input and output direction of each head.
--- view: first_directions
-SELECT step, layer, head, matrix, side, "values" AS direction
-FROM singular_vectors
-WHERE run = $run AND list_contains($steps, step) AND matrix IN ('W_QK', 'W_OV') AND rank = 1
-ORDER BY step, layer, head, matrix_position(matrix), side
-
 -- Per step and head: how much of each first direction lies in the identity subspace of keys or values, the tokens it points
 -- to, and those subspaces.
 -- arrays: head_directions

@@ -161,19 +161,14 @@ class ContextualReport(HeadReport, BehaviorOptions, _ContextSections):
 
     def residuals(self, results: Results) -> Iterator[tuple[int, str, Residuals]]:
         """(step, stage, its stored vectors), one at a time, so that memory does not grow with steps."""
+        # Arrays are read as such: the scan behind SQL costs more than all of their arithmetic.
+        stored = {
+            stage: results.lake.tensor("activations", f"{self.probe}/{self.layout}/{stage}", results.run)
+            for stage in self.stages()
+        }
         for step in results.steps:
-            for stage in self.stages():
-                table = results.arrow(
-                    'SELECT "row", "values" FROM activation_values WHERE run = $run AND probe = $probe '
-                    "AND layout = $layout AND stage = $stage AND step = $step",
-                    tables={"activation_values"},
-                    run=results.run,
-                    probe=self.probe,
-                    layout=self.layout,
-                    stage=stage,
-                    step=step,
-                )
-                yield step, stage, Residuals(table)
+            for stage, tensor in stored.items():
+                yield step, stage, Residuals(tensor.read(step))
 
     def singular_directions(self, results: Results, rank: int, option: str) -> dict[int, Directions]:
         """The head's first `rank` singular directions by step; raises ReportFailed for a rank it does not have."""
@@ -184,7 +179,7 @@ class ContextualReport(HeadReport, BehaviorOptions, _ContextSections):
             tables={"singular_values"},
             **head,
         )
-        from .arrays import matrix, stack_by
+        from .arrays import stack_by
 
         by_step = stack_by(values["step"].to_pylist(), values["singular_value"].to_numpy())
         for step in results.steps:
@@ -194,18 +189,15 @@ class ContextualReport(HeadReport, BehaviorOptions, _ContextSections):
                     f"{self.report_name()}: {option} {rank} exceeds the {held} singular directions that W_QK of "
                     f"{self.head_label} has (the head's width); take at most {held}"
                 )
-        vectors = results.arrow(
-            f'SELECT step, side, "values" FROM singular_vectors WHERE {where} ORDER BY step, side, rank',
-            tables={"singular_vectors"},
-            **head,
-        )
-        sides = stack_by(
-            list(zip(vectors["step"].to_pylist(), vectors["side"].to_pylist(), strict=True)),
-            matrix(vectors["values"]),
+        left, right = (
+            results.lake.tensor("svd", f"W_QK.{part}", results.run).read(results.steps)[
+                :, self.head_layer, self.head
+            ]
+            for part in ("U", "Vh")
         )
         return {
-            step: Directions(by_step[step][0], sides[step, "left"][0], sides[step, "right"][0])
-            for step in results.steps
+            step: Directions(by_step[step][0], left[at].astype("float64"), right[at].astype("float64"))
+            for at, step in enumerate(results.steps)
         }
 
 
@@ -218,24 +210,15 @@ class Context:
 
 
 class Residuals:
-    """Stored vectors of one stage and step."""
+    """Stored vectors of one stage and step, Float32[row, d]."""
 
-    def __init__(self, table: Any) -> None:
-        import numpy as np
-
-        from .arrays import stored_matrix
-
-        rows = table["row"].to_numpy()
-        self._order = np.argsort(rows, kind="stable")
-        self._rows = rows[self._order]
-        self._vectors = stored_matrix(table["values"])
+    def __init__(self, vectors: NDArray[np.float32]) -> None:
+        self._vectors = vectors
 
     def at(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Vectors of the rows given, Float64[n, d]; only these are widened."""
-        import numpy as np
-
-        found = self._vectors[self._order[np.searchsorted(self._rows, rows)]]
-        return found.astype(np.float64)
+        widened: NDArray[np.float64] = self._vectors[rows].astype("float64")
+        return widened
 
 
 @dataclass(frozen=True)

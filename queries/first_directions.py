@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..lake.errors import MissingData
-from .arrays.columns import matrix
+from ..lake.imports import leave_pandas_alone
 from .arrays.token_geometry import TokenSubspace, subspace_alignment, token_subspace, top_tokens
 from .report import ReportFailed
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
     from .results import Results
 
-# Rows of view first_directions of one head, in its order: token list, alignment, and class of tokens it is held against.
+# First singular directions of one head: token list, alignment, and class of tokens each is held against. Arrays of their
+# vectors, in the same order, below.
 _DIRECTIONS = (
     ("qk_query_direction_top_tokens", "qk_query_key_subspace_alignment", "key"),
     ("qk_key_direction_top_tokens", "qk_key_key_subspace_alignment", "key"),
     ("ov_input_direction_top_tokens", "ov_input_value_subspace_alignment", "value"),
     ("ov_output_direction_top_tokens", "ov_output_value_subspace_alignment", "value"),
 )
+_ARRAYS = ("W_QK.U", "W_QK.Vh", "W_OV.U", "W_OV.Vh")
 _CELLS_AT_ONCE = 16_000_000
 
 
@@ -33,19 +35,23 @@ def head_directions(results: Results, probe: str, count: int) -> Mapping[str, An
 
     Alignments and subspaces are null where the probe has no such tokens. Raises ReportFailed for a zero direction.
     """
+    leave_pandas_alone()
     told = results.lake.session.execute(
         "SELECT key_tokens, value_tokens, vocabulary FROM probes WHERE run = ? AND probe = ?",
         [results.run, probe],
         tables={"probes"},
     ).fetchall()[0]
     tokens = {"key": told[0], "value": told[1]}
-    found = results.arrow("FROM first_directions ORDER BY step, layer, head, matrix_position(matrix), side")
-    directions = matrix(found["direction"])
-    _require_directions(found, directions)
-    heads = len(found) // len(_DIRECTIONS)
-    first = pa.array(np.arange(heads) * len(_DIRECTIONS))
-    columns: dict[str, Any] = {name: found[name].take(first) for name in ("step", "layer", "head")}
-    steps = columns["step"].to_numpy()
+    directions = _directions(results)
+    count_steps, layers, each, *_ = directions.shape
+    heads = count_steps * layers * each
+    places = np.indices((count_steps, layers, each)).reshape(3, -1)
+    steps = np.array(results.steps, np.int64)[places[0]]
+    columns: dict[str, Any] = {
+        "step": pa.array(steps),
+        "layer": pa.array(places[1], pa.int32()),
+        "head": pa.array(places[2], pa.int32()),
+    }
     stacked = directions.reshape(heads, len(_DIRECTIONS), -1)
     ids: list[NDArray[np.int64]] = []
     signed: list[NDArray[np.float64]] = []
@@ -98,14 +104,22 @@ def _summary(subspace: TokenSubspace | None) -> dict[str, Any] | None:
     }
 
 
-def _require_directions(found: pa.Table, directions: NDArray[np.float64]) -> None:
-    bad = np.flatnonzero(~(np.linalg.norm(directions, axis=1) > 0))
+def _directions(results: Results) -> NDArray[np.float64]:
+    """Float64[step, layer, head, direction, d], directions as in `_DIRECTIONS`; raises ReportFailed for a zero one.
+
+    Arrays are read as such: the scan behind SQL costs several times as much.
+    """
+    first = [results.lake.tensor("svd", name, results.run).read(results.steps)[..., 0, :] for name in _ARRAYS]
+    found = np.stack(first, axis=-2).astype(np.float64)
+    bad = np.argwhere(~(np.linalg.norm(found, axis=-1) > 0))
     if len(bad):
-        row = found.slice(int(bad[0]), 1).to_pylist()[0]
+        step, layer, head, direction = bad[0].tolist()
+        matrix, _, part = _ARRAYS[direction].partition(".")
         raise ReportFailed(
-            f"the first {row['side']} singular vector of L{row['layer']}H{row['head']} {row['matrix']} at step "
-            f"{row['step']} is zero or not a number and has no direction; leave that step out"
+            f"the first {'left' if part == 'U' else 'right'} singular vector of L{layer}H{head} {matrix} at step "
+            f"{results.steps[step]} is zero or not a number and has no direction; leave that step out"
         )
+    return found
 
 
 def _embeddings(results: Results, steps: list[int]) -> Iterator[tuple[int, NDArray[np.float64]]]:
@@ -120,19 +134,11 @@ def _embeddings(results: Results, steps: list[int]) -> Iterator[tuple[int, NDArr
             f"run {results.run!r} does not say which parameter is its token embedding: import it with an adapter"
         )
     parameter, shape = found[0]
+    embedding = results.lake.tensor("weights", parameter, results.run)
     at_once = max(1, _CELLS_AT_ONCE // int(np.prod(shape)))
     for start in range(0, len(steps), at_once):
         part = steps[start : start + at_once]
-        # Literal steps: only these reach the scan, which then opens no other chunk.
-        listed = ", ".join(map(str, part))
-        rows = results.arrow(
-            f'SELECT "values" FROM weights WHERE run = $run AND parameter = $parameter AND step IN ({listed}) '
-            'ORDER BY step, "row"',
-            {"weights"},
-            run=results.run,
-            parameter=parameter,
-        )
-        yield from zip(part, matrix(rows["values"]).reshape(len(part), *shape), strict=True)
+        yield from zip(part, embedding.read(part).astype(np.float64), strict=True)
 
 
 def _token_lists(
