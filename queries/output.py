@@ -97,19 +97,20 @@ class OutputFolder:
         return [name for name in names if name == os.path.basename(name) and name not in ("", ".", "..")]
 
 
-def write_rows(
+def row_copies(
     results: Results, section: str, row_file: RowFile, folder: Path, formats: Iterable[str]
-) -> dict[str, str]:
-    """Writes a section in each format; returns file names by key of the printed JSON.
+) -> tuple[dict[str, str], list[tuple[str, Path, str]]]:
+    """A section in each format: file names by key of the printed JSON, and what `Results.copy` writes them from.
 
     JSONL has sorted keys and null for NaN and infinity; CSV has the section's columns in order, an empty cell for
     those, and JSON text for lists; Parquet keeps the columns as they are.
     """
     written: dict[str, str] = {}
+    copies = []
     for form in formats:
         name = f"{row_file.file}.{form}"
         source = section if form == "parquet" else _plain_select(results, section, form)
-        results.copy(source, folder / name, _COPY[form])
+        copies.append((source, folder / name, _COPY[form]))
         key = {
             "jsonl": row_file.key,
             "csv": row_file.csv_key or f"{row_file.key.removesuffix('_rows')}_csv",
@@ -118,7 +119,7 @@ def write_rows(
         written[key] = name
     if row_file.key not in written and row_file.key.endswith("_rows") and written:
         written[row_file.key] = next(iter(written.values()))
-    return written
+    return written, copies
 
 
 def _plain_select(results: Results, section: str, form: str) -> str:

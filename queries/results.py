@@ -1,9 +1,10 @@
-"""A report's sections, computed: one SQL session, every section a temporary table."""
+"""A report's sections, computed: one SQL session, every section a table of it while the report is at work."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from .needs import resolve_run, resolve_steps
 from .sections import Section, SectionError, parse_sections
 
 if TYPE_CHECKING:
+    import duckdb
     import polars as pl
     import pyarrow as pa
 
@@ -62,7 +64,7 @@ class Results:
                 f"section {section.name!r} uses unknown parameters {', '.join(sorted(unknown))}"
             )
         self._execute(
-            f"CREATE OR REPLACE TEMP TABLE {section.name} AS {section.sql}",
+            f"CREATE OR REPLACE TABLE {section.name} AS {section.sql}",
             section.reads(),
             {name: self.parameters[name] for name in section.parameters()},
         )
@@ -72,7 +74,7 @@ class Results:
         import pyarrow as pa
 
         self.lake.session.connection.register("arrays_in_hand", pa.table(dict(columns)))
-        self._execute(f"CREATE OR REPLACE TEMP TABLE {name} AS FROM arrays_in_hand", set(), {})
+        self._execute(f"CREATE OR REPLACE TABLE {name} AS FROM arrays_in_hand", set(), {})
         self.lake.session.connection.unregister("arrays_in_hand")
         self._made.append(name)
 
@@ -119,17 +121,36 @@ class Results:
             self._columns[name] = {row["column_name"]: row["column_type"] for row in described}
         return self._columns[name]
 
-    def copy(self, source: str, path: Path, options: str) -> None:
-        """Writes a section, or a parenthesised SELECT over sections, to a file."""
-        quoted = str(path).replace("'", "''")
-        self._execute(f"COPY {source} TO '{quoted}' {options}", set(), {})
+    def copy(self, files: Iterable[tuple[str, Path, str]]) -> None:
+        """Writes sections, or parenthesised SELECTs over sections, to files: (source, path, options of COPY) each.
+
+        Every file is written by one thread, and several files at a time: with more threads to a file DuckDB first holds
+        a whole row group of text in memory to keep the rows' order, which took as long again as making it.
+        """
+        session = self.lake.session
+
+        def write(cursor: duckdb.DuckDBPyConnection, file: tuple[str, Path, str]) -> None:
+            source, path, options = file
+            quoted = str(path).replace("'", "''")
+            cursor.execute(f"COPY {source} TO '{quoted}' {options}")
+
+        threads = int(self.value("SELECT current_setting('threads')"))
+        with session.errors(), ThreadPoolExecutor(threads) as pool:
+            session.connection.execute("SET threads = 1")
+            try:
+                written = [pool.submit(write, session.connection.cursor(), file) for file in files]
+                wait(written)
+            finally:
+                session.connection.execute(f"SET threads = {threads}")
+            for each in written:
+                each.result()
 
     def row_sets(self) -> list[str]:
         """Names of the sections that are written out, in file order."""
         return [section.name for section in self.sections if section.kind == "rows"]
 
     def close(self) -> None:
-        """Drops the temporary tables; the lake's session stays open."""
+        """Drops the tables; the lake's session stays open."""
         for name in reversed(self._made):
             self._execute(f"DROP TABLE IF EXISTS {name}", set(), {})
         self._made.clear()

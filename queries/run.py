@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from . import markdown
-from .output import ROW_FORMATS, OutputFolder, count_nonfinite, to_json, write_rows
+from .output import ROW_FORMATS, OutputFolder, count_nonfinite, row_copies, to_json
 from .report import InvalidOption, Report, RowFile
 from .results import Results
 
@@ -96,11 +96,15 @@ def _write_row_sets(
 ) -> tuple[dict[str, str], dict[str, int]]:
     files: dict[str, str] = {}
     counts: dict[str, int] = {}
+    copies = []
     for section in results.row_sets():
         row_file = _row_file(results.report, section)
         formats = rows_format or [*DEFAULT_ROWS, *(["csv"] if row_file.csv_key else [])]
-        files.update(write_rows(results, section, row_file, folder, dict.fromkeys(formats)))
+        written, copied = row_copies(results, section, row_file, folder, dict.fromkeys(formats))
+        files.update(written)
+        copies += copied
         counts[section] = int(results.value(f"SELECT count(*) FROM {section}"))
+    results.copy(copies)
     return files, counts
 
 

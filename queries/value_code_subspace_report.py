@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -13,6 +13,12 @@ from .markdown import number, percent
 from .report import RowFile, TextTable
 from .results import Results
 from .value_code_report import ANSWER_VALUE, FINAL_NORM, ValueCodeReport, no_repeats
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .arrays.stage_lens import StageLens
 
 # Half-way from what naming the commonest group would give to 1.
 _CARRIES = "leave_one_out_centroid_accuracy >= (1 + largest_group_share) / 2"
@@ -140,6 +146,7 @@ class ValueCodeSubspaceReport(ValueCodeReport):
     def arrays(self, name: str, results: Results) -> Mapping[str, Any]:
         """Section `value_codes`: one row per (step, stage, role, grouping), lists with one entry per event."""
         from .arrays.lists import RowsOfLists
+        from .arrays.side_by_side import side_by_side
         from .arrays.value_codes import code_columns, lens_columns
 
         candidates = self.candidates(results)
@@ -149,27 +156,28 @@ class ValueCodeSubspaceReport(ValueCodeReport):
             role: {by: self.group_tokens(results, by, places[role]) for by in self.group_by}
             for role in self.position_role
         }
+
+        def read() -> Iterator[tuple[int, str, str, NDArray[np.float64], StageLens]]:
+            for step in results.steps:
+                at_step = lens(step)
+                for stage in self.stage:
+                    stored = self.stored(results, stage, step)
+                    for role in self.position_role:
+                        yield step, stage, role, places[role].means(stored), at_step
+
+        def codes(
+            taken: tuple[int, str, str, NDArray[np.float64], StageLens],
+        ) -> list[dict[str, Any]]:
+            step, stage, role, vectors, at_step = taken
+            seen = lens_columns(at_step.logits(vectors, stage == FINAL_NORM), candidates)
+            named = {"step": step, "stage": stage, "position_role": role}
+            found = code_columns(vectors, groups[role], self.pca_rank, f"{stage} / {role} at step {step}")
+            return [{**named, "group_by": by, **seen, **code} for by, code in found]
+
         rows = RowsOfLists()
-        for step in results.steps:
-            read = lens(step)
-            for stage in self.stage:
-                stored = self.stored(results, stage, step)
-                for role in self.position_role:
-                    vectors = places[role].means(stored)
-                    seen = lens_columns(read.logits(vectors, stage == FINAL_NORM), candidates)
-                    for by, code in code_columns(
-                        vectors, groups[role], self.pca_rank, f"{stage} / {role} at step {step}"
-                    ):
-                        rows.add(
-                            {
-                                "step": step,
-                                "stage": stage,
-                                "position_role": role,
-                                "group_by": by,
-                                **seen,
-                                **code,
-                            }
-                        )
+        for made in side_by_side(codes, read()):
+            for row in made:
+                rows.add(row)
         return rows.columns()
 
     def warnings(self, results: Results) -> list[str]:

@@ -163,18 +163,27 @@ class ValueCodeTransferMapReport(ValueCodeReport):
     def arrays(self, name: str, results: Results) -> Mapping[str, Any]:
         """Section `transfers`: one row per (step, rank, kind of source), lists with one entry per eval example."""
         from .arrays.lists import RowsOfLists
+        from .arrays.side_by_side import side_by_side
         from .arrays.transfer_maps import transfers
 
         fit, evaluated = self._split(results)
-        rows = RowsOfLists()
-        for step, ends in self._ends(results):
+        kinds: list[str] = results.parameters["eval_kinds"]
+
+        def mapped(taken: tuple[int, Ends]) -> list[dict[str, Any]]:
+            step, ends = taken
             fitting = _fitting(fit, evaluated, self.ridge_lambda, self.random_seed + 1009 * step)
             try:
-                for row in transfers(ends, fitting, self.basis_rank, self.control):
-                    kind = results.parameters["eval_kinds"].index(row["eval_kind"])
-                    rows.add({"step": step, "kind_order": kind, **row})
+                return [
+                    {"step": step, "kind_order": kinds.index(row["eval_kind"]), **row}
+                    for row in transfers(ends, fitting, self.basis_rank, self.control)
+                ]
             except ReportFailed as error:
                 raise ReportFailed(f"{self.report_name()}, step {step}: {error}") from error
+
+        rows = RowsOfLists()
+        for made in side_by_side(mapped, self._ends(results)):
+            for row in made:
+                rows.add(row)
         return rows.columns()
 
     def _split(self, results: Results) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
