@@ -48,9 +48,9 @@ def head_directions(results: Results, probe: str, count: int) -> Mapping[str, An
     places = np.indices((count_steps, layers, each)).reshape(3, -1)
     steps = np.array(results.steps, np.int64)[places[0]]
     columns: dict[str, Any] = {
-        "step": pa.array(steps),
-        "layer": pa.array(places[1], pa.int32()),
-        "head": pa.array(places[2], pa.int32()),
+        "step": pa.array(steps.tolist(), pa.int64()),
+        "layer": pa.array(places[1].tolist(), pa.int32()),
+        "head": pa.array(places[2].tolist(), pa.int32()),
     }
     stacked = directions.reshape(heads, len(_DIRECTIONS), -1)
     ids: list[NDArray[np.int64]] = []
@@ -73,7 +73,7 @@ def head_directions(results: Results, probe: str, count: int) -> Mapping[str, An
                 alignments[here, place] = subspace_alignment(stacked[here, place], held[kind])
     all_ids, all_signed = np.concatenate(ids), np.concatenate(signed)
     for place, (top, alignment, _) in enumerate(_DIRECTIONS):
-        columns[alignment] = pa.array(alignments[:, place], from_pandas=True)
+        columns[alignment] = pa.array(alignments[:, place].tolist(), pa.float64(), from_pandas=True)
         columns[top] = _token_lists(all_ids[:, place], all_signed[:, place], told[2])
     columns["embedding_subspaces"] = pa.array(
         [{f"{kind}_identity_subspace": _summary(held.get(kind)) for kind in tokens} for held in subspaces],
@@ -145,12 +145,18 @@ def _token_lists(
     ids: NDArray[np.int64], signed: NDArray[np.float64], vocabulary: list[str] | None
 ) -> pa.ListArray:
     """Int and Float[n, k] as n lists of {token, token_id, signed_score, abs_score}."""
-    flat, scores = pa.array(ids.reshape(-1)), signed.reshape(-1)
-    texts = pa.array(vocabulary or [], pa.string())
-    # An imported probe knows the texts of its own tokens only.
-    names = texts.take(pa.array(ids.reshape(-1), mask=ids.reshape(-1) >= len(texts)))
+    # From lists: from NumPy arrays pyarrow would import numpy.ma, and `take` pyarrow.compute, longer than all of this takes.
+    flat, scores = ids.reshape(-1).tolist(), signed.reshape(-1).tolist()
+    texts = vocabulary or []
     tokens = pa.StructArray.from_arrays(
-        [names, flat, pa.array(scores), pa.array(np.abs(scores))],
+        [
+            # An imported probe knows the texts of its own tokens only.
+            pa.array([texts[token] if token < len(texts) else None for token in flat], pa.string()),
+            pa.array(flat, pa.int64()),
+            pa.array(scores, pa.float64()),
+            pa.array([abs(score) for score in scores], pa.float64()),
+        ],
         ["token", "token_id", "signed_score", "abs_score"],
     )
-    return pa.ListArray.from_arrays(pa.array(np.arange(len(ids) + 1) * ids.shape[1], pa.int32()), tokens)
+    starts = range(0, len(flat) + 1, ids.shape[1])
+    return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), tokens)
