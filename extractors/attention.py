@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from ..engine.capture import Captured, Request
-from ..engine.forward import Model
 from ..lake import UnitWriter
 from ..lake.datasets import ATTENTION, DEFAULT_PROBE
 from .columns import constant, flat, grid, lists
-from .forward import ForwardExtractor, Passed, require_query_role
-from .probe_batches import PREDICTION, ProbeData
+from .forward import Passed, QueryRoleExtractor
+from .probe_batches import PREDICTION
 
 
-class AttentionExtractor(ForwardExtractor):
+class AttentionExtractor(QueryRoleExtractor):
     """Table attention_patterns: a row per event, layer and head."""
 
     name = ATTENTION
     version = 1
 
-    def __init__(self, probe: str, query_role: str) -> None:
-        super().__init__(probe)
-        self.query_role = query_role
-
-    def parameters(self) -> Mapping[str, Any]:
-        """Probe and query role."""
-        return {"probe": self.probe, "query_role": self.query_role}
-
     def request(self) -> Request:
         """Attention from the query role."""
         return Request(attention=frozenset({self.query_role}))
-
-    def check(self, model: Model, probe: ProbeData) -> None:
-        """The query role must have one position in every event."""
-        require_query_role(self.query_role, probe)
 
     def write(self, writer: UnitWriter, step: int, captured: Captured, made: Passed) -> None:
         """Writes one step."""

@@ -22,7 +22,7 @@ from ..lake import UnitWriter
 from ..lake.datasets import DEFAULT_PROBE
 from ..lake.errors import LakebedError, UnknownName
 from . import dataset
-from .probe_batches import ProbeBatches, ProbeData, load_probe, make_batches
+from .probe_batches import PREDICTION, ProbeBatches, ProbeData, load_probe, make_batches
 from .states import State
 
 
@@ -62,6 +62,22 @@ class ForwardExtractor(dataset.Extractor):
         with ForwardPasses(context, [self]) as passes:
             captured, made = passes.capture(state, [self])
             self.write(writer, state.step, captured, made)
+
+
+class QueryRoleExtractor(ForwardExtractor):
+    """A dataset of what heads do at the position of one role, the prediction unless another is asked for."""
+
+    def __init__(self, probe: str = DEFAULT_PROBE, query_role: str = PREDICTION) -> None:
+        super().__init__(probe)
+        self.query_role = query_role
+
+    def parameters(self) -> Mapping[str, Any]:
+        """Probe and query role."""
+        return {"probe": self.probe, "query_role": self.query_role}
+
+    def check(self, model: Model, probe: ProbeData) -> None:
+        """The query role must have one position in every event."""
+        probe.query_positions(self.query_role)
 
 
 class Passed:
@@ -239,8 +255,3 @@ def require_head(layer: int, head: int, model: Model) -> None:
         raise UnknownName(
             f"no head L{layer}H{head}; this run has layers 0–{model.n_layers - 1}, heads 0–{model.n_heads - 1}"
         )
-
-
-def require_query_role(role: str, probe: ProbeData) -> None:
-    """Raises UnknownName or ProbeMismatch unless the role has one position in every event."""
-    probe.query_positions(role)

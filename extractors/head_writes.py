@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..engine.capture import Captured, Request
-from ..engine.forward import Model
 from ..lake import UnitWriter
 from ..lake.datasets import DEFAULT_PROBE, HEAD_WRITES
 from .columns import constant, flat, grid, sorted_order, texts
-from .forward import ForwardExtractor, Passed, require_query_role
-from .probe_batches import PREDICTION, ProbeData
+from .forward import Passed, QueryRoleExtractor
+from .probe_batches import PREDICTION
 
 
-class HeadWritesExtractor(ForwardExtractor):
+class HeadWritesExtractor(QueryRoleExtractor):
     """Table head_writes: a row per event, layer, head and role; none where a role has no position up to the query."""
 
     name = HEAD_WRITES
     version = 1
 
-    def __init__(self, probe: str, query_role: str) -> None:
-        super().__init__(probe)
-        self.query_role = query_role
-
-    def parameters(self) -> Mapping[str, Any]:
-        """Probe and query role."""
-        return {"probe": self.probe, "query_role": self.query_role}
-
     def request(self) -> Request:
         """Writes at the query role."""
         return Request(head_writes=frozenset({self.query_role}))
-
-    def check(self, model: Model, probe: ProbeData) -> None:
-        """The query role must have one position in every event."""
-        require_query_role(self.query_role, probe)
 
     def write(self, writer: UnitWriter, step: int, captured: Captured, made: Passed) -> None:
         """Writes one step."""

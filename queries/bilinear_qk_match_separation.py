@@ -250,26 +250,12 @@ class BilinearQKMatchSeparation(HeadReport, WindowOptions):
                 else f"{self.head_label} reads {read} through its LayerNorm"
             )
             lines.append(f"{what}: these scores are not the ones the model forms.")
-        if self.window_start is not None and not results.value(
-            "SELECT count(*) FROM spans WHERE span = 'window'"
-        ):
-            lines.append(
-                f"Fewer than two checkpoints lie in the window {self.window_start} to {self.window_end}."
-            )
-        return lines
+        return [*lines, *self.window_warnings(results)]
 
     def facts(self, lake: Lake, results: Results) -> dict[str, Any]:
         """The summary with the window's fields, the window as asked for, and what chance would win."""
-        windows = {
-            (row["context_stage"], row["projection"]): row
-            for row in results.rows("SELECT * EXCLUDE (span) FROM spans WHERE span = 'window'")
-        }
-        summary = []
-        for row in results.rows("FROM summary"):
-            found = windows.get((row["context_stage"], row["projection"]))
-            summary.append({**row, **(_window_fields(found) if found else {})})
         return {
-            "summary": summary,
+            "summary": self.summary_with_windows(results),
             "window_start": self.window_start,
             "window_end": self.window_end,
             "head_label": self.head_label,
@@ -294,14 +280,6 @@ class BilinearQKMatchSeparation(HeadReport, WindowOptions):
         if len(rows) > 1:
             lines += [line for line in (_turn(rows), _correlated(self, results)) if line]
         return [*lines, *_compared(self, results)]
-
-
-def _window_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a window's summary row, as the contract names them."""
-    fields = {
-        f"window_{key}": value for key, value in row.items() if key not in ("context_stage", "projection")
-    }
-    return {**fields, "window_start": row["start_step"], "window_end": row["end_step"]}
 
 
 def _outcome(report: BilinearQKMatchSeparation, rows: list[dict[str, Any]], chance: float) -> str:

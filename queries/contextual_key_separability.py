@@ -227,26 +227,12 @@ class ContextualKeySeparability(ContextualReport, WindowOptions):
                 f"{self.group_by} is the very token at {self.context_role}: its embedding alone tells the groups "
                 "apart, so that the full residual separates them before any training."
             )
-        if self.window_start is not None and not results.value(
-            "SELECT count(*) FROM spans WHERE span = 'window'"
-        ):
-            lines.append(
-                f"Fewer than two checkpoints lie in the window {self.window_start} to {self.window_end}."
-            )
-        return lines
+        return [*lines, *self.window_warnings(results)]
 
     def facts(self, lake: Lake, results: Results) -> dict[str, Any]:
         """The summary with the window's fields, and the window as asked for."""
-        windows = {
-            (row["context_stage"], row["projection"]): row
-            for row in results.rows("SELECT * EXCLUDE (span, projected_dim) FROM spans WHERE span = 'window'")
-        }
-        summary = []
-        for row in results.rows("FROM summary"):
-            found = windows.get((row["context_stage"], row["projection"]))
-            summary.append({**row, **(_window_fields(found) if found else {})})
         return {
-            "summary": summary,
+            "summary": self.summary_with_windows(results, "span, projected_dim"),
             "window_start": self.window_start,
             "window_end": self.window_end,
             "head_label": self.head_label,
@@ -276,13 +262,6 @@ class ContextualKeySeparability(ContextualReport, WindowOptions):
                 lines.append(_against_shuffles(self, own))
         found = _correlated(results)
         return [*lines, *([found] if found else [])]
-
-
-def _window_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {
-        f"window_{key}": value for key, value in row.items() if key not in ("context_stage", "projection")
-    }
-    return {**fields, "window_start": row["start_step"], "window_end": row["end_step"]}
 
 
 def _outcome(report: ContextualKeySeparability, own: list[dict[str, Any]], full: list[dict[str, Any]]) -> str:
