@@ -62,12 +62,8 @@ class ForwardPass:
     @cached_property
     def logits(self) -> Tensor:
         """The model's own, `Float[batch, position, vocabulary]`, computed when first read: over a large vocabulary they
-        outweigh everything else, and most callers want a few positions only (`logits_at`)."""
+        outweigh everything else, and most callers unembed a few positions of `final` only."""
         return functional.linear(self.final, self.unembedding)
-
-    def logits_at(self, batch: Tensor, position: Tensor) -> Tensor:
-        """Logits of some positions, `Float[n, vocabulary]`, from `Int[n]` rows of the batch and `Int[n]` positions."""
-        return functional.linear(self.final[batch, position], self.unembedding)
 
 
 class Model(Protocol):

@@ -144,7 +144,6 @@ class ForwardPasses:
             by_probe.setdefault(extractor.probe, []).append(extractor)
         for extractors in by_probe.values():
             parts, made = self._parts(state, extractors)
-
             self.wait()
             self._writing = self._writer().submit(_write, state.step, extractors, parts, made, write)
 
