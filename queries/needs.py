@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..lake.datasets import RECORDED, WEIGHTS, Need, need_steps
+from ..lake.datasets import MOMENTS, RECORDED, WEIGHTS, Need, need_steps
 from ..lake.errors import MissingData, UnknownName
 from ..lake.steps import StepSyntax, select_steps, step_option, summarize_steps
 
@@ -56,7 +56,18 @@ def resolve_steps(lake: Lake, report: Report, run: str) -> list[int]:
 
 
 def held_steps(lake: Lake, run: str, need: Need) -> list[int]:
-    """Steps at which a dataset is there, ascending. Weights stand at every anchor of a trace, extracted or not."""
+    """Steps at which a dataset is there, ascending.
+
+    Weights and moments stand at every anchor of a trace, extracted or not; before the first update moments are zero, and
+    known without being stored.
+    """
+    if need.dataset == MOMENTS:
+        stored = lake.session.execute(
+            "SELECT step FROM steps WHERE run = ? AND state = 'stored' AND has_moments",
+            [run],
+            tables={"steps"},
+        ).fetchall()
+        return sorted({*lake.dataset_steps(run, MOMENTS), *(int(step) for (step,) in stored)})
     if need.dataset != WEIGHTS:
         return lake.dataset_steps(run, need.dataset, need.parameters)
     axes = lake.axes.groups(run, WEIGHTS).values()

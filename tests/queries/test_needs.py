@@ -1,8 +1,9 @@
 import pytest
 from lakebed.lake import Lake, Unit
+from lakebed.lake.datasets import MOMENTS, Need
 from lakebed.lake.errors import MissingData, UnknownName
 from lakebed.lake.steps import StepSyntax
-from lakebed.queries.needs import resolve_run, resolve_steps
+from lakebed.queries.needs import held_steps, resolve_run, resolve_steps
 from lakebed.queries.registry import load_report
 
 from .conftest import make_svd_lake, make_trace_lake
@@ -77,3 +78,17 @@ def test_steps_of_two_units_join(tmp_path):
     write_svd(made.lake, "ref", [3], decompose(matrices, 2), {n: m.shape[-2:] for n, m in matrices.items()})
     assert resolve_steps(made.lake, asked(), "ref") == [1, 2, 3]
     made.lake.close()
+
+
+def test_moments_stand_at_anchors_and_before_the_first_update(tmp_path):
+    with Lake.create(tmp_path / "l") as lake:
+        with lake.unit(Unit("checkpoint", "r", "checkpoint-0", (0, 8))) as writer:
+            states = [(0, "stored", True), (4, "replayed", True), (8, "stored", True), (9, "stored", False)]
+            writer.rows(
+                "steps",
+                [{"step": step, "state": state, "has_moments": known} for step, state, known in states],
+            )
+        assert held_steps(lake, "r", Need(MOMENTS)) == [0, 8]
+        with lake.unit(Unit("moments", "r", "moments-4", (4,))):
+            pass
+        assert held_steps(lake, "r", Need(MOMENTS)) == [0, 4, 8]
