@@ -9,12 +9,15 @@ import numpy as np
 
 from ..report import ReportFailed
 from .groups import Groups, group_means
+from .subspaces import row_lengths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Cosines closer than this are equal: a tie, not rounding.
 TIE = 1e-12
+# Below this share of the squared lengths it is the difference of, a squared length has lost digits.
+_CANCELS = 1e-2
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,23 @@ def leave_one_out_cosines(vectors: NDArray[np.float64], groups: Groups, what: st
     """
     if len(groups) < 2:
         raise ReportFailed(f"centroids of {what} need at least two tokens, there are {len(groups)}")
-    units = _unit(vectors, f"vector of {what}")
+    lengths = _lengths(vectors, f"vector of {what}")
     means = group_means(vectors, groups)
-    cosines = units @ _unit(means, f"token mean of {what}").T
-    counts = groups.counts[groups.labels]
-    scored = counts > 1
-    # The sum of the others points where their mean does.
-    others = counts[:, None] * means[groups.labels] - vectors
-    rest = _unit(others[scored], f"token mean of {what}, one vector left out,")
-    cosines[scored, groups.labels[scored]] = (units[scored] * rest).sum(1)
+    mean_lengths = _lengths(means, f"token mean of {what}")
+    cosines = vectors @ (means / mean_lengths[:, None]).T
+    cosines /= lengths[:, None]
+    scored = groups.counts[groups.labels] > 1
+    chosen = np.flatnonzero(scored)
+    labels = groups.labels[chosen]
+    # The sum s of a group points where its mean does: cos(x, s − x) = (|s| cos(x, s) − |x|) / |s − x|.
+    own, length = cosines[chosen, labels], lengths[chosen]
+    total = (groups.counts * mean_lengths)[labels]
+    along, rest = total * own - length, total**2 + length**2 - 2 * total * length * own
+    near = np.flatnonzero(rest < _CANCELS * (total**2 + length**2))
+    others = groups.counts[labels[near], None] * means[labels[near]] - vectors[chosen[near]]
+    along[near] = np.einsum("nd,nd->n", vectors[chosen[near]], others) / length[near]
+    rest[near] = np.square(_lengths(others, f"token mean of {what}, one vector left out,"))
+    cosines[chosen, labels] = along / np.sqrt(rest)
     return _classify(cosines, groups.labels, groups.tokens, scored)
 
 
@@ -66,7 +77,9 @@ def cosine_to_centroids(
     """
     if len(centroid_tokens) < 2:
         raise ReportFailed(f"centroids of {what} need at least two tokens, there are {len(centroid_tokens)}")
-    cosines = _unit(vectors, f"vector of {what}") @ _unit(centroids, f"centroid of {what}").T
+    lengths = _lengths(vectors, f"vector of {what}")
+    cosines = vectors @ (centroids / _lengths(centroids, f"centroid of {what}")[:, None]).T
+    cosines /= lengths[:, None]
     labels = np.minimum(np.searchsorted(centroid_tokens, token_ids), len(centroid_tokens) - 1)
     return _classify(cosines, labels, centroid_tokens, centroid_tokens[labels] == token_ids)
 
@@ -77,14 +90,13 @@ def _classify(
     tokens: NDArray[np.int64],
     scored: NDArray[np.bool_],
 ) -> CosineCentroids:
-    """From cosines Float64[n, g] and the own group of each row."""
+    """From cosines Float64[n, g], which are used up, and the own group of each row."""
     rows = np.arange(len(cosines))
     true = cosines[rows, labels]
     # Tokens ascend, so the first within rounding of the largest has the smallest id.
     prediction = tokens[(cosines >= cosines.max(1, keepdims=True) - TIE).argmax(1)]
-    others = cosines.copy()
-    others[rows, labels] = -np.inf
-    wrong = others.max(1)
+    cosines[rows, labels] = -np.inf
+    wrong = cosines.max(1)
     return CosineCentroids(
         scored=scored,
         prediction=np.where(scored, prediction, -1),
@@ -95,9 +107,8 @@ def _classify(
     )
 
 
-def _unit(vectors: NDArray[np.float64], what: str) -> NDArray[np.float64]:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if (lengths == 0).any():
+def _lengths(vectors: NDArray[np.float64], what: str) -> NDArray[np.float64]:
+    lengths = row_lengths(vectors)
+    if not lengths.all():
         raise ReportFailed(f"a {what} is the zero vector, which has no direction")
-    scaled: NDArray[np.float64] = vectors / lengths
-    return scaled
+    return lengths

@@ -24,11 +24,14 @@ class StageLens:
 
     def logits(self, vectors: NDArray[np.float64], normalized: bool) -> NDArray[np.float64]:
         """Float64[n, d] -> Float64[n, v]; vectors of stage final_norm are `normalized` already."""
-        if not normalized:
-            centered = vectors - vectors.mean(1, keepdims=True)
-            variance = np.square(centered).mean(1, keepdims=True)
-            vectors = centered / np.sqrt(variance + self.epsilon) * self.gain + self.bias
-        read: NDArray[np.float64] = vectors @ self.unembedding.T
+        if normalized:
+            return vectors @ self.unembedding.T
+        centered = vectors - vectors.mean(1, keepdims=True)
+        variance = np.einsum("nd,nd->n", centered, centered) / vectors.shape[1]
+        # Gain and scale are taken in where there is less of them: in the few tokens, and after the product.
+        read: NDArray[np.float64] = centered @ (self.unembedding * self.gain).T
+        read /= np.sqrt(variance + self.epsilon)[:, None]
+        read += self.unembedding @ self.bias
         return read
 
 

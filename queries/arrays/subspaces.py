@@ -21,11 +21,15 @@ NO_LENGTH = 1e-14
 
 @dataclass(frozen=True)
 class PrincipalDirections:
-    """`basis` Float64[d, r] orthonormal, `singular_values` Float64[r] descending, numerical `centered_rank`."""
+    """`basis` Float64[d, r] orthonormal, `singular_values` Float64[r] descending, numerical `centered_rank`.
+
+    `variance_share` is the share of all squared singular values that these r hold.
+    """
 
     basis: NDArray[np.float64]
     singular_values: NDArray[np.float64]
     centered_rank: int
+    variance_share: float
 
 
 @dataclass(frozen=True)
@@ -56,30 +60,32 @@ def principal_directions(vectors: NDArray[np.float64], rank: int, what: str) -> 
             f"PCA rank {rank} needs at least {rank + 1} {what}, there are {rows}; {_at_most(rows - 1)}"
         )
     centered = vectors - vectors.mean(0)
-    values, right = _right_singular(centered, rank)
+    values, basis = _right_singular(centered, rank)
     found = int((values > values[0] * max(rows, width) * STORED_EPSILON).sum())
     if found < rank:
         raise ReportFailed(
             f"PCA rank {rank} exceeds the numerical rank {found} of the centred {what}; {_at_most(found)}"
         )
-    return PrincipalDirections(np.ascontiguousarray(right[:rank].T), values[:rank].copy(), found)
+    squares = np.square(values)
+    share = min(1.0, float(squares[:rank].sum() / squares.sum()))
+    return PrincipalDirections(np.ascontiguousarray(basis), values[:rank].copy(), found, share)
 
 
 def _right_singular(
     centered: NDArray[np.float64], rank: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Singular values, descending, and right singular vectors as rows, of Float64[n, d]; the first `rank` of them exact."""
-    rows, width = centered.shape
-    if rows <= width:
-        _, values, right = np.linalg.svd(centered, full_matrices=False)
-        return values, right
-    # CᵀC is quicker by half, and as good where the singular values asked for are not small beside the first.
-    squares, vectors = np.linalg.eigh(centered.T @ centered)
+    """All singular values of Float64[n, d], descending, and the first `rank` right singular vectors Float64[d, rank]."""
+    wide = len(centered) <= centered.shape[1]
+    # CᵀC or CCᵀ is quicker by half, and as good where the singular values asked for are not small beside the first.
+    squares, vectors = np.linalg.eigh(centered @ centered.T if wide else centered.T @ centered)
     values = np.sqrt(np.maximum(squares[::-1], 0.0))
-    if values[min(rank, width) - 1] > 1e-3 * values[0]:
-        return values, vectors[:, ::-1].T
-    _, values, right = np.linalg.svd(np.linalg.qr(centered, mode="r"), full_matrices=False)
-    return values, right
+    if values[min(rank, len(values)) - 1] > 1e-3 * values[0]:
+        first = vectors[:, ::-1][:, :rank]
+        return values, centered.T @ (first / values[:rank]) if wide else first
+    _, values, right = np.linalg.svd(
+        centered if wide else np.linalg.qr(centered, mode="r"), full_matrices=False
+    )
+    return values, right[:rank].T
 
 
 def _at_most(limit: int) -> str:
@@ -90,7 +96,7 @@ def mean_direction(vectors: NDArray[np.float64], what: str) -> NDArray[np.float6
     """Unit mean of the rows, Float64[n, d] -> Float64[d]; raises ReportFailed where the mean is zero."""
     mean = vectors.mean(0)
     length = float(np.linalg.norm(mean))
-    if length <= NO_LENGTH * float(np.linalg.norm(vectors, axis=1).mean()):
+    if length <= NO_LENGTH * float(row_lengths(vectors).mean()):
         raise ReportFailed(f"the mean of the {what} is the zero vector, which has no direction")
     direction: NDArray[np.float64] = mean / length
     return direction
@@ -106,6 +112,12 @@ def identity_subspace(vectors: NDArray[np.float64], groups: Groups, rank: int, w
         principal_directions(group_means(vectors, groups), rank, f"token means of {what}"),
         principal_directions(vectors, rank, f"vectors of {what}"),
     )
+
+
+def row_lengths(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Length of each row, Float64[n, d] -> Float64[n]; np.linalg.norm would hold their squares."""
+    lengths: NDArray[np.float64] = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    return lengths
 
 
 def overlap(directions: NDArray[np.float64], basis: NDArray[np.float64]) -> NDArray[np.float64]:

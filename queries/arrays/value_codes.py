@@ -10,7 +10,7 @@ import numpy as np
 from .centroids import CosineCentroids, leave_one_out_cosines
 from .groups import group_by_token, group_means
 from .stage_lens import Candidates, value_metrics
-from .subspaces import PrincipalDirections, mean_direction, overlap, principal_directions
+from .subspaces import PrincipalDirections, mean_direction, overlap, principal_directions, row_lengths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +47,7 @@ def code_columns(
     Groupings that name the same tokens share one computation. Raises ReportFailed for a zero vector or mean, fewer than two
     groups, or a rank that vectors or groups do not have; `what` says which vectors they are.
     """
-    norms = np.linalg.norm(vectors, axis=1)
+    norms = row_lengths(vectors)
     held: dict[bytes, dict[str, Any]] = {}
     common: dict[str, Any] = {}
     for grouping, token_ids in groupings.items():
@@ -57,11 +57,9 @@ def code_columns(
             groups = group_by_token(token_ids)
             # Refuses zero vectors and single groups, so that it comes before what divides by norms.
             centroids = leave_one_out_cosines(vectors, groups, named)
-            units = vectors / norms[:, None]
             if not common:
-                common = _common(vectors, norms, units, rank, what)
-            means = group_means(vectors, groups)
-            identity = principal_directions(means, rank, f"token means of {named}")
+                common = _common(vectors, norms, rank, what)
+            identity = principal_directions(group_means(vectors, groups), rank, f"token means of {named}")
             held[key] = {
                 **common,
                 "group_tokens": token_ids,
@@ -70,32 +68,30 @@ def code_columns(
                 "min_group_count": int(groups.counts.min()),
                 "max_group_count": int(groups.counts.max()),
                 "largest_group_share": float(groups.counts.max() / groups.counts.sum()),
-                "identity_overlap": np.minimum(overlap(units, identity.basis), 1.0),
-                **_spectrum("identity", identity, means),
+                "identity_overlap": np.minimum(overlap(vectors, identity.basis) / norms, 1.0),
+                **_spectrum("identity", identity),
                 **centroid_columns(centroids),
             }
         yield grouping, held[key]
 
 
-def _common(
-    vectors: NDArray[np.float64], norms: NDArray[np.float64], units: NDArray[np.float64], rank: int, what: str
-) -> dict[str, Any]:
+def _common(vectors: NDArray[np.float64], norms: NDArray[np.float64], rank: int, what: str) -> dict[str, Any]:
     """What does not depend on the grouping."""
     found = principal_directions(vectors, rank, f"vectors of {what}")
+    mean = mean_direction(vectors, f"vectors of {what}")
     return {
         "num_vectors": len(vectors),
         "ambient_dim": vectors.shape[1],
         "vector_norm": norms,
-        "mean_abs_cosine": np.minimum(np.abs(units @ mean_direction(vectors, f"vectors of {what}")), 1.0),
-        "all_vector_overlap": np.minimum(overlap(units, found.basis), 1.0),
-        **_spectrum("all_vector", found, vectors),
+        "mean_abs_cosine": np.minimum(np.abs(vectors @ mean) / norms, 1.0),
+        "all_vector_overlap": np.minimum(overlap(vectors, found.basis) / norms, 1.0),
+        **_spectrum("all_vector", found),
     }
 
 
-def _spectrum(prefix: str, found: PrincipalDirections, vectors: NDArray[np.float64]) -> dict[str, Any]:
-    total = float(np.square(vectors - vectors.mean(0)).sum())
+def _spectrum(prefix: str, found: PrincipalDirections) -> dict[str, Any]:
     return {
         f"{prefix}_centered_rank": found.centered_rank,
         f"{prefix}_singular_values": found.singular_values,
-        f"{prefix}_variance_share": min(1.0, float(np.square(found.singular_values).sum()) / total),
+        f"{prefix}_variance_share": found.variance_share,
     }

@@ -153,6 +153,24 @@ def test_rank_counts_what_float32_can_hold():
         arrays.principal_directions(rounded, 4, "vectors")
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 20), (40, 20)])
+@pytest.mark.parametrize("smallest", [0.5, 1e-2, 1e-4])
+def test_principal_directions_are_those_of_the_svd(shape, smallest):
+    """Where the last direction asked for is small beside the first, too."""
+    rng = np.random.default_rng(5)
+    left, right = (np.linalg.qr(rng.normal(size=(size, 6)))[0] for size in shape)
+    vectors = (left * np.geomspace(1, smallest, 6)) @ right.T + rng.normal(size=shape[1])
+    _, values, rows = np.linalg.svd(vectors - vectors.mean(0))
+    found = arrays.principal_directions(vectors, 5, "vectors")
+    np.testing.assert_allclose(found.singular_values, values[:5], rtol=1e-10)
+    np.testing.assert_allclose(found.basis @ found.basis.T, rows[:5].T @ rows[:5], atol=1e-9)
+    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(5), atol=1e-11)
+    assert found.variance_share == pytest.approx(
+        np.square(values[:5]).sum() / np.square(values).sum(), rel=1e-12
+    )
+    assert found.centered_rank == 6
+
+
 def test_subspace_errors_name_the_limit():
     vectors, ids = drawn_vectors()
     groups = arrays.group_by_token(ids)
@@ -268,9 +286,11 @@ def slow_cosines(vectors, ids):
         yield True, max(cosines, key=lambda t: (cosines[t], -t)), cosines[token], wrong
 
 
-def test_leave_one_out_cosines():
+@pytest.mark.parametrize("longer", [1, 30])
+def test_leave_one_out_cosines(longer):
     vectors, ids = drawn_vectors(n=30)
     ids[4] = 99
+    vectors[[0, 1, 7]] *= longer  # a vector that is almost all of its group's sum
     found = arrays.leave_one_out_cosines(vectors, arrays.group_by_token(ids), "role")
     for i, (scored, prediction, own, wrong) in enumerate(slow_cosines(vectors, ids)):
         assert found.scored[i] == scored
@@ -307,6 +327,11 @@ def test_cosine_to_centroids_made_elsewhere():
         ([[1.0, 0], [0, 1]], [1, 1], "need at least two tokens, there are 1"),
         ([[1.0, 0], [0, 0], [0, 1]], [1, 1, 2], "a vector of x is the zero vector"),
         ([[1.0, 0], [-1, 0], [0, 1]], [1, 1, 2], "a token mean of x is the zero vector"),
+        (
+            [[3.0, 0], [1, 1], [-1, -1], [0, 1]],
+            [1, 1, 1, 2],
+            "mean of x, one vector left out, is the zero vector",
+        ),
     ],
 )
 def test_cosine_errors(vectors, ids, message):
