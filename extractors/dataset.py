@@ -21,6 +21,7 @@ from ..lake import Lake, RowBlock, UnitWriter
 from ..lake.datasets import (
     ACTIVATIONS,
     ATTENTION,
+    ATTRIBUTIONS,
     COMPONENT_LOGITS,
     HEAD_WRITES,
     INTERVENTIONS,
@@ -28,6 +29,7 @@ from ..lake.datasets import (
     QK_COORDINATES,
     READOUTS,
     SVD,
+    UPDATE_NORMS,
     WEIGHTS,
 )
 from ..lake.errors import UnknownName
@@ -44,7 +46,7 @@ OF_FORWARD_PASSES = (
     QK_COORDINATES,
     INTERVENTIONS,
 )
-_BUILT_IN = (SVD, WEIGHTS, MOMENTS, *OF_FORWARD_PASSES)
+_BUILT_IN = (SVD, WEIGHTS, MOMENTS, *OF_FORWARD_PASSES, ATTRIBUTIONS, UPDATE_NORMS)
 
 
 class Context:

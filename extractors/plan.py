@@ -10,12 +10,13 @@ from typing import Any
 
 from ..lake import Lake, Unit, UnitWriter
 from ..lake.axis import publish
-from ..lake.datasets import RECORDED, Need, need_steps
+from ..lake.datasets import OF_INTERVALS, RECORDED, Need, need_intervals, need_steps
 from ..lake.errors import MissingData
 from ..lake.names import spec_id
 from ..lake.steps import select_steps, summarize_steps
 from .dataset import Context, Extractor, build_extractor
 from .forward import ForwardExtractor, ForwardPasses
+from .interval import IntervalExtractor
 from .progress import Progress, Silent
 from .states import State
 
@@ -65,13 +66,15 @@ def extract(
         raise MissingData(f"run {run!r} has no steps {steps or ''}; it has {summarize_steps(reader.steps)}")
     _require_recorded(lake, run, needs)
     work = _plan(context, needs, wanted)
+    intervals = _plan_intervals(context, needs, wanted)
     result = ExtractionResult(run)
     for of in work:
         result.made.setdefault(of.extractor.name, [])
         standing = len(of.steps) - len(of.missing)
         result.standing[of.extractor.name] = result.standing.get(of.extractor.name, 0) + standing
     todo = sorted({step for of in work for step in of.missing})
-    progress.start(f"extracting {', '.join(result.made)}", len(todo))
+    if work:
+        progress.start(f"extracting {', '.join(result.made)}", len(todo))
     moments = any(of.extractor.needs_moments for of in work if of.missing)
     try:
         with _forward_passes(context, work, device, batch_size) as passes:
@@ -81,6 +84,8 @@ def extract(
     finally:
         if todo:
             publish(lake, run)
+    if intervals:
+        _make_intervals(context, intervals, len(need_intervals(wanted)), result, progress, device)
     return result
 
 
@@ -88,7 +93,7 @@ def _plan(context: Context, needs: Sequence[Need], wanted: Sequence[int]) -> lis
     """What to make where; needs for the same dataset with the same parameters are one."""
     work: dict[tuple[str, str], _Work] = {}
     for need in needs:
-        if need.dataset in RECORDED:
+        if need.dataset in RECORDED or need.dataset in OF_INTERVALS:
             continue
         extractor = build_extractor(need.dataset, need.parameters)
         of = work.setdefault((need.dataset, spec_id(dict(extractor.parameters()))), _Work(extractor))
@@ -103,6 +108,48 @@ def _plan(context: Context, needs: Sequence[Need], wanted: Sequence[int]) -> lis
             and context.lake.find_receipt(_unit(context, of.extractor, inputs, step)) is None
         }
     return list(work.values())
+
+
+def _plan_intervals(
+    context: Context, needs: Sequence[Need], wanted: Sequence[int]
+) -> dict[tuple[str, str], tuple[IntervalExtractor, set[tuple[int, int]]]]:
+    """Datasets of intervals, and which of those between neighbouring wanted steps they lack."""
+    asked = [need for need in needs if need.dataset in OF_INTERVALS]
+    ends = need_intervals(wanted)
+    if asked and not ends:
+        raise MissingData(
+            f"{asked[0].dataset} of run {context.run!r} are made between two steps, and --steps leaves "
+            f"{summarize_steps(wanted)}: name a later one too"
+        )
+    found: dict[tuple[str, str], tuple[IntervalExtractor, set[tuple[int, int]]]] = {}
+    for need in asked:
+        extractor = build_extractor(need.dataset, need.parameters)
+        assert isinstance(extractor, IntervalExtractor)
+        inputs = extractor.inputs(context)
+        missing = {
+            of for of in ends if context.lake.find_receipt(_unit(context, extractor, inputs, *of)) is None
+        }
+        found[need.dataset, spec_id(dict(extractor.parameters()))] = (extractor, missing)
+    return found
+
+
+def _make_intervals(
+    context: Context,
+    work: Mapping[tuple[str, str], tuple[IntervalExtractor, set[tuple[int, int]]]],
+    asked: int,
+    result: ExtractionResult,
+    progress: Progress,
+    device: str,
+) -> None:
+    """Makes what is missing; the steps a result counts are those that intervals lead to."""
+    from .intervals import Intervals, IntervalWork
+
+    for extractor, missing in work.values():
+        result.made.setdefault(extractor.name, [])
+        result.standing[extractor.name] = result.standing.get(extractor.name, 0) + asked - len(missing)
+    if any(missing for _, missing in work.values()):
+        loop = Intervals(context, [IntervalWork(*of) for of in work.values()], device)
+        loop.run(progress, lambda extractor, ends, fill: _write(context, extractor, ends, result, fill))
 
 
 def _forward_passes(
@@ -124,37 +171,38 @@ def _make_step(
     due = [of.extractor for of in work if state.step in of.missing]
     for extractor in due:
         if not isinstance(extractor, ForwardExtractor):
-            _write(context, extractor, state.step, result, partial(extractor.extract, context, state))
+            _write(context, extractor, (state.step,), result, partial(extractor.extract, context, state))
     of_passes = [extractor for extractor in due if isinstance(extractor, ForwardExtractor)]
     if passes is not None and of_passes:
         step = state.step
-        passes.run(state, of_passes, lambda of, fill: _write(context, of, step, result, fill))
+        passes.run(state, of_passes, lambda of, fill: _write(context, of, (step,), result, fill))
 
 
 def _write(
     context: Context,
     extractor: Extractor,
-    step: int,
+    steps: tuple[int, ...],
     result: ExtractionResult,
     fill: Callable[[UnitWriter], None],
 ) -> None:
-    """Commits one unit."""
-    unit = _unit(context, extractor, extractor.inputs(context), step)
+    """Commits one unit: of a step, or of an interval."""
+    unit = _unit(context, extractor, extractor.inputs(context), *steps)
     with context.lake.unit(unit) as writer:
         fill(writer)
     receipt = context.lake.receipts.get(context.run, writer.unit.name)
     if writer.committed and receipt is not None:
         result.rows += receipt.rows
         result.bytes += receipt.bytes
-    result.made[extractor.name].append(step)
+    result.made[extractor.name].append(steps[-1])
 
 
-def _unit(context: Context, extractor: Extractor, inputs: Mapping[str, Any], step: int) -> Unit:
+def _unit(context: Context, extractor: Extractor, inputs: Mapping[str, Any], *steps: int) -> Unit:
     parameters = dict(extractor.parameters())
     spec = spec_id(parameters)
-    name = f"{extractor.name}-{spec}-{step:08d}" if spec else f"{extractor.name}-{step:08d}"
-    made_from = {"state": context.reader.identity(step), **inputs}
-    return Unit(extractor.name, context.run, name, (step,), parameters, made_from, extractor.version)
+    name = "-".join([extractor.name, *([spec] if spec else []), *(f"{step:08d}" for step in steps)])
+    states = [context.reader.identity(step) for step in steps]
+    made_from = {"state": states[0], **({"target": states[1]} if len(states) > 1 else {}), **inputs}
+    return Unit(extractor.name, context.run, name, steps, parameters, made_from, extractor.version)
 
 
 def _require_recorded(lake: Lake, run: str, needs: Iterable[Need]) -> None:

@@ -330,13 +330,14 @@ def _batch(
         torch.from_numpy(data.tokens[examples, :length]).to(device),
         row,
         torch.from_numpy(data.prediction[events]).to(device),
-        _choices(data, events, device),
+        event_choices(data, events, device),
         {name: table.queries(events, row, len(examples), length) for name, table in roles.items()},
         {layout: places(layout) for layout in layouts},
     )
 
 
-def _choices(data: ProbeData, events: Integers, device: str) -> Choices:
+def event_choices(data: ProbeData, events: Integers, device: str) -> Choices:
+    """Answers and competitors of some events, each once, in their order."""
     place = np.full(data.events, -1)
     place[events] = np.arange(len(events))
     wrong = np.full((len(events), len(data.candidates)), -np.inf, np.float32)

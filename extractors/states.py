@@ -41,6 +41,19 @@ class State:
     identity: str
 
 
+@dataclass(frozen=True)
+class RecordedUpdate:
+    """What the optimizer did in one recorded step, after which the run stands at `step`."""
+
+    step: int
+    gradients: dict[str, Tensor | None]
+    """Raw gradient by parameter; None where the optimizer skipped it."""
+    clip_coefficient: float | None
+    """What the raw gradient was multiplied by; None if no single factor did it: then `gradients` are the applied ones."""
+    groups: list[AdamGroup]
+    group_of: dict[str, int]
+
+
 class StateReader:
     """Reads the states of one run. Steps between anchors are replayed with torch's own update, bit for bit on the machine
     type that recorded them; every anchor passed on the way is compared, and ReplayMismatch is raised if it differs."""
@@ -63,6 +76,11 @@ class StateReader:
     def steps(self) -> list[int]:
         """Every step whose weights can be had, ascending."""
         return list(self._steps)
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters, in the model's order."""
+        return list(self._dtypes)
 
     def require(self, steps: Iterable[int]) -> None:
         """Raises MissingData, naming the steps there are, unless every step can be had."""
@@ -154,6 +172,14 @@ class StateReader:
             True,
             self.identity(step),
         )
+
+    def updates(self, steps: Iterable[int]) -> Iterator[RecordedUpdate]:
+        """The recorded updates that led to `steps`, ascending; a block of gradients is decoded once."""
+        wanted = sorted(set(steps))
+        for _, run in groupby(enumerate(wanted), key=lambda item: item[1] - item[0]):
+            inside = [step for _, step in run]
+            for step, gradients, coefficient, groups in self._recorded(inside[0], inside[-1]):
+                yield RecordedUpdate(step, gradients, coefficient, groups, self._group_of)
 
     def verify_replay(self, start: int, stop: int) -> int:
         """Replays from the anchor at `start` to the one at `stop` and compares; returns the steps replayed."""

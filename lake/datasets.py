@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from .steps import select_steps
@@ -14,7 +15,8 @@ class Need:
     """A dataset a report reads, with the parameters it must have been made with.
 
     `steps` says which of the run's steps: "selected" (those of `--steps`), "any" (whatever there is), or, as `--steps`
-    takes it, some of the selected ones ("last", "5250,8000"). Steps it names that are not selected are ignored.
+    takes it, some of the selected ones ("last", "5250,8000"). Steps it names that are not selected are ignored. Datasets
+    of intervals are needed between neighbouring selected steps.
     """
 
     dataset: str
@@ -28,6 +30,11 @@ def need_steps(need: Need, selected: Sequence[int]) -> list[int]:
         return sorted(selected)
     chosen = set(selected)
     return [step for step in select_steps(need.steps, selected) if step in chosen]
+
+
+def need_intervals(selected: Sequence[int]) -> list[tuple[int, int]]:
+    """The intervals between neighbouring selected steps: (source, target), ascending."""
+    return list(pairwise(sorted(set(selected))))
 
 
 # Made while training, by `lakebed train`, `lakebed trace` or a Recorder; the rest comes from `lakebed extract`.
@@ -51,6 +58,12 @@ COMPONENT_LOGITS = "component_logits"
 QK_COORDINATES = "qk_coordinates"  # head (L2H1), stage, layernorm_mode
 INTERVENTIONS = "interventions"  # operation: zero
 DEFAULT_PROBE = "probe"
+
+# Made between two steps, source < target: gradient of a scalar times the update and its terms, and the update's norms.
+ATTRIBUTIONS = "attributions"  # see `attribution_parameters`
+UPDATE_NORMS = "update_norms"
+OF_INTERVALS = (ATTRIBUTIONS, UPDATE_NORMS)
+
 # The corrupted records of a probe's pairs are a probe of that name.
 CORRUPTED = ".corrupted"
 PAIR_TYPES = ("query_key", "support_value", "recency", "distractor")
@@ -67,3 +80,28 @@ VECTOR_LABELS = {
     "W_in": ("mlp_hidden_direction", "input_residual_direction"),
     "W_out": ("output_residual_direction", "mlp_hidden_direction"),
 }
+
+
+def attribution_parameters(
+    scalar: str,
+    parameters: Mapping[str, Any],
+    *,
+    pair_type: Sequence[str],
+    probe: str = DEFAULT_PROBE,
+    split: Sequence[str] = (),
+    max_pairs_per_type: int = 64,
+    integrate: int = 0,
+) -> dict[str, Any]:
+    """Parameters of dataset attributions: which scalar, with every parameter it has, on which pairs.
+
+    `integrate` is the number of points on the path at which the gradient is taken too; 0 for the source alone.
+    """
+    return {
+        "probe": probe,
+        "pair_type": sorted(set(pair_type)),
+        "split": sorted(set(split)),
+        "max_pairs_per_type": max_pairs_per_type,
+        "integrate": integrate,
+        "scalar": scalar,
+        "parameters": dict(parameters),
+    }

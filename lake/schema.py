@@ -6,12 +6,19 @@ it when nothing was written yet. `run` is a column of every table and comes from
 
 from __future__ import annotations
 
-from . import schema_probes, schema_training
+from . import schema_attributions, schema_probes, schema_training
 from .columns import Column, Quantity, Table
 
 FORMAT_VERSION = 1
 
-TABLES: dict[str, Table] = {table.name: table for table in (*schema_training.TABLES, *schema_probes.TABLES)}
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        *schema_training.TABLES,
+        *schema_probes.TABLES,
+        *schema_attributions.TABLES,
+    )
+}
 
 _PARAMETER_VIEW = "(run, step, parameter, row, values FLOAT[]): a matrix is one row of SQL per row of the matrix, a vector is row 0"
 
@@ -37,6 +44,7 @@ QUANTITIES: dict[str, Quantity] = {
 
 # Derived tables: SQL over the tables above, in every session and in views.sql.
 VIEWS: dict[str, tuple[str, str]] = {
+    **schema_attributions.VIEWS,
     "specs": (
         "one row per distinct set of dataset parameters: spec, dataset, parameters (canonical JSON)",
         "SELECT DISTINCT run, spec, dataset, parameters FROM extractions WHERE spec <> ''",

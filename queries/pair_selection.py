@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..lake.errors import MissingData
+from ..lake.pairs import ASKED, CHOSEN
 from .probe_report import ProbeReport
 from .report import ReportFailed
 from .results import Results
@@ -23,23 +24,11 @@ if TYPE_CHECKING:
 PairType = Literal["query_key", "support_value", "recency", "distractor"]
 RecordSide = Literal["clean", "corrupted"]
 
-_ASKED = """\
-FROM pairs
-WHERE run = $run AND probe = $probe AND list_contains($pair_type, pair_type)
-  AND ($all_splits OR list_contains($split, split))"""
-
-# Scan order is event by event, and within one the types in the order they were asked for.
-_CHOSEN = f"""\
-SELECT * EXCLUDE (run, skip_reason)
-{_ASKED} AND pair_id IS NOT NULL
-QUALIFY row_number() OVER (PARTITION BY pair_type ORDER BY clean_event) <= $max_pairs_per_type
-ORDER BY clean_event, list_position($pair_type, pair_type)"""
-
 # A type is scanned until it has its pairs, and no event is scanned once every type has.
 _SKIPPED = f"""\
 SELECT pair_type, skip_reason, count(*) AS count
 FROM (
-  SELECT *, count(pair_id) OVER (PARTITION BY pair_type ORDER BY clean_event) AS found {_ASKED}
+  SELECT *, count(pair_id) OVER (PARTITION BY pair_type ORDER BY clean_event) AS found {ASKED}
 )
 WHERE skip_reason IS NOT NULL AND found < $max_pairs_per_type
 GROUP BY ALL
@@ -51,14 +40,14 @@ FROM (
   SELECT *, count(pair_id) OVER (
     PARTITION BY pair_type ORDER BY clean_event ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
   ) AS found_before
-  {_ASKED}
+  {ASKED}
 )
 WHERE found_before < $max_pairs_per_type"""
 
 _PRELUDE = f"""\
 -- The first pairs of each type in scan order.
 -- view: chosen_pairs
-{_CHOSEN}
+{CHOSEN}
 
 -- Why a scanned query has no pair.
 -- view: skipped_pairs
@@ -160,7 +149,7 @@ def _require_pairs(lake: Lake, run: str, report: PairOptions) -> None:
     asked = {**report.parameters(), "run": run}
     counts = {
         pair_type: (n, corrupted)
-        for pair_type, n, corrupted in _ask(lake, _COUNT.format(source=f"({_CHOSEN})"), asked)
+        for pair_type, n, corrupted in _ask(lake, _COUNT.format(source=f"({CHOSEN})"), asked)
     }
     short: dict[str, int] = {
         pair_type: counts.get(pair_type, (0, 0))[0]

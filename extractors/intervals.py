@@ -1,0 +1,196 @@
+"""The loop over intervals: every step is read or replayed once, and goes through the model once, as the target of one
+interval and the source of the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.scalars.measure import PairBatch, Task, combine, measure
+from ..engine.slices import SliceSums
+from ..lake import UnitWriter
+from .attributions import AttributionsExtractor, Change
+from .dataset import Context
+from .forward import probe_of, require_device
+from .interval import Interval, IntervalExtractor, Source
+from .pair_sets import PairSelection, PairSet, load_pairs, side_probe
+from .probe_batches import ProbeData
+from .progress import Progress
+from .states import State
+
+Ends = tuple[int, int]
+Commit = Callable[[IntervalExtractor, Ends, Callable[[UnitWriter], None]], None]
+
+
+@dataclass
+class IntervalWork:
+    """One dataset of intervals, and the intervals of it that are not there yet."""
+
+    extractor: IntervalExtractor
+    missing: set[Ends] = field(default_factory=set)
+
+
+class Intervals:
+    """Makes intervals of one run."""
+
+    def __init__(self, context: Context, work: Sequence[IntervalWork], device: str = "cpu") -> None:
+        self._context, self._reader = context, context.reader
+        self._work = [of for of in work if of.missing]
+        self._ends = sorted({ends for of in self._work for ends in of.missing})
+        adapter = context.adapter()
+        shapes = adapter.parameter_shapes(self._reader.parameters)
+        self._sums = SliceSums(shapes, adapter.slices(shapes))
+        self._groups = _groups(context, self._work, require_device(device))
+
+    def run(self, progress: Progress, commit: Commit) -> None:
+        """Makes everything that is missing, in the order of target steps."""
+        progress.start("attributing updates", len(self._ends))
+        recorded = [
+            target
+            for source, target in self._ends
+            if target == source + 1 and self._reader.is_recorded(source, target)
+        ]
+        updates = self._reader.updates(recorded)
+        last_use = dict(self._ends)  # of several targets the last, since they are in order
+        steps = {step for ends in self._ends for step in ends}
+        sources: dict[int, Source] = {}
+        for state in self._reader.iterate(steps, moments=bool(recorded)):
+            update = next(updates) if state.step in recorded else None
+            closing = [sources[source] for source, target in self._ends if target == state.step]
+            here = self._at(state, closing, state.step in last_use)
+            reached = {name: weight.detach() for name, weight in here.weights.items()}
+            for source in closing:
+                held = update if source.step == state.step - 1 else None
+                interval = Interval(source, state.step, reached, held, self._sums)
+                self._write(interval, here, commit)
+                progress.advance(note=f"steps {source.step} to {state.step}")
+            sources[state.step] = here
+            sources = {step: of for step, of in sources.items() if last_use.get(step, -1) > state.step}
+
+    def _at(self, state: State, closing: Sequence[Source], opening: bool) -> Source:
+        """Puts the pairs through the model of one step: as the target of open intervals, and as the source of new ones."""
+        weights = {
+            name: weight.detach().float().clone().requires_grad_(opening)
+            for name, weight in state.weights.items()
+        }
+        exp_avg, exp_avg_sq = (
+            {name: of.clone() for name, of in held.items()} if opening else {}
+            for held in (state.exp_avg, state.exp_avg_sq)
+        )
+        here = Source(state.step, weights, exp_avg, exp_avg_sq, dict(state.step_counts))
+        for group in self._groups:
+            tasks = []
+            for of in group.work:
+                key, scalar = of.key, of.extractor.scalar
+                for source in closing:
+                    if (source.step, state.step) in of.missing:
+                        task = here.targets[source.step, key] = Task(scalar, source.tasks[key].frozen)
+                        tasks.append(task)
+                if any(source == state.step for source, _ in of.missing):
+                    tasks.append(here.tasks.setdefault(key, Task(scalar, cells=group.finest)))
+            if tasks:
+                self._measure(group, weights, tasks)
+        return here
+
+    def _measure(self, group: _Group, weights: Mapping[str, Tensor], tasks: Sequence[Task]) -> None:
+        model = self._context.adapter().load_model(weights, group.device)
+        for data in group.probes.values():
+            data.require_fit(model)
+        measure(model, weights, group.batches, tasks)
+
+    def _write(self, interval: Interval, target: Source, commit: Commit) -> None:
+        ends = (interval.source_step, interval.target_step)
+        for group in self._groups:
+            due = [of for of in group.work if ends in of.missing]
+            paths = self._along_the_path(interval, group, due)
+            for of in due:
+                source = interval.source.tasks[of.key]
+                gradients = {"source": group.cell_means(source)}
+                if of.key in paths:
+                    gradients["path"] = paths[of.key]
+                interval.changes[of.key] = Change(
+                    group.pairs, source, target.targets[ends[0], of.key], gradients
+                )
+        for work in self._work:
+            if ends in work.missing:
+                commit(work.extractor, ends, partial(work.extractor.write, self._context, interval=interval))
+
+    def _along_the_path(
+        self, interval: Interval, group: _Group, due: Sequence[_Scalar]
+    ) -> dict[str, dict[str, Tensor]]:
+        """By extractor key, the mean over the straight path of the gradient of every cell's mean: Gauss-Legendre points."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for count in {of.extractor.integrate for of in due} - {0}:
+            wanted = [of for of in due if of.extractor.integrate == count]
+            nodes, shares = np.polynomial.legendre.leggauss(count)
+            for node, share in zip((nodes + 1) / 2, shares / 2, strict=True):
+                weights = {
+                    name: torch.lerp(
+                        before.detach(), interval.target_weights[name], float(node)
+                    ).requires_grad_()
+                    for name, before in interval.source.weights.items()
+                }
+                tasks = {
+                    of.key: Task(
+                        of.extractor.scalar, interval.source.tasks[of.key].frozen, cells=group.finest
+                    )
+                    for of in wanted
+                }
+                self._measure(group, weights, list(tasks.values()))
+                for key, task in tasks.items():
+                    mean = found.setdefault(key, {})
+                    for name, of in group.cell_means(task).items():
+                        mean[name] = mean[name].add_(of, alpha=share) if name in mean else of * share
+        return found
+
+
+@dataclass(frozen=True)
+class _Scalar:
+    """An extractor of attributions and what it lacks."""
+
+    extractor: AttributionsExtractor
+    key: str
+    missing: set[Ends]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Extractors whose scalars are measured on the same pairs: one forward pass per record side serves them all."""
+
+    pairs: PairSet
+    probes: Mapping[str, ProbeData]
+    batches: Sequence[PairBatch]
+    work: Sequence[_Scalar]
+    device: str
+
+    @property
+    def finest(self) -> int:
+        """Number of finest cells."""
+        return int(self.pairs.finest.max()) + 1
+
+    def cell_means(self, task: Task) -> dict[str, Tensor]:
+        """Gradients of the weighted mean of every cell: `Float[cell, *parameter]` by name."""
+        total = torch.zeros(self.finest, dtype=torch.float64)
+        total.index_add_(0, torch.from_numpy(self.pairs.finest), task.weight)
+        members = self.pairs.members().double()
+        return combine(task.gradients, members / (members @ total)[:, None])
+
+
+def _groups(context: Context, work: Sequence[IntervalWork], device: str) -> list[_Group]:
+    by_selection: dict[PairSelection, list[_Scalar]] = {}
+    for of in work:
+        if isinstance(of.extractor, AttributionsExtractor):
+            one = _Scalar(of.extractor, of.extractor.key, of.missing)
+            by_selection.setdefault(of.extractor.selection, []).append(one)
+    groups = []
+    for selection, scalars in by_selection.items():
+        sides: list[str] = sorted({side for one in scalars for side in one.extractor.scalar.sides})
+        pairs = load_pairs(context, selection, sides)
+        probes = {side: probe_of(context, side_probe(selection.probe, side)) for side in sides}
+        groups.append(_Group(pairs, probes, pairs.batches(probes, device), scalars, device))
+    return groups
