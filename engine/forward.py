@@ -44,7 +44,10 @@ NO_INTERVENTIONS = Interventions()
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What came out, and what was asked for on the way; what was not asked for is empty."""
+    """What came out, and what was asked for on the way; what was not asked for is empty.
+
+    Where the caller named places, `final` and the stages are `Float[place, d_model]`: those places alone, in that order.
+    """
 
     final: Tensor
     """Stage final_norm, `Float[batch, position, d_model]`."""
@@ -58,10 +61,12 @@ class ForwardPass:
     """As `queries`: q·k/√d_head is the score before the causal mask and the softmax."""
     values: list[Tensor]
     """As `queries`, bias in."""
+    mixed: list[Tensor]
+    """As `queries`: the values that attention mixed, after any head mask. W_O makes it what a head writes."""
 
     @cached_property
     def logits(self) -> Tensor:
-        """The model's own, `Float[batch, position, vocabulary]`, computed when first read: over a large vocabulary they
+        """The model's own, `Float[…, vocabulary]` of `final`, computed when first read: over a large vocabulary they
         outweigh everything else, and most callers unembed a few positions of `final` only."""
         return functional.linear(self.final, self.unembedding)
 
@@ -91,13 +96,16 @@ class Model(Protocol):
         *,
         capture: Collection[str] = (),
         interventions: Interventions = NO_INTERVENTIONS,
+        places: Tensor | None = None,
     ) -> ForwardPass:
         """One pass over `Int[batch, position]` right-padded tokens; `mask` is `Bool[batch, position]`, None without padding.
 
-        `capture` holds "stages" and "attention" (queries, keys and values); without it nothing before the last patched
-        stage is computed. What stands at padded positions is arbitrary, and finite. Gradients flow if the caller enables
-        them. Raises InvalidForward for a stream that is too long, a token out of range, padding elsewhere than on the
-        right, and an intervention of an unknown stage or a wrong shape.
+        `capture` holds "stages" and "attention" (queries, keys, values and what they mix); without it nothing before the
+        last patched stage is computed. `places` is `Int[place]`, row · length + position: the residual stream is wanted
+        there only, and no other place is computed once the last layer's attention has read it. What stands at padded
+        positions is arbitrary, and finite. Gradients flow if the caller enables them. Raises InvalidForward for a stream
+        that is too long, a token or a place out of range, padding elsewhere than on the right, and an intervention of an
+        unknown stage or a wrong shape.
         """
         ...
 

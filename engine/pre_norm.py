@@ -18,6 +18,9 @@ from .forward import NO_INTERVENTIONS, ForwardPass, Interventions, InvalidForwar
 
 CAPTURES = ("stages", "attention")
 
+_Attention = tuple[list[Tensor], list[Tensor]]
+"""Queries, keys and values of each layer, `Float[batch, position, 3, head, d_head]`, and what they mix."""
+
 
 @dataclass(frozen=True)
 class PreNormWeights:
@@ -103,29 +106,36 @@ class PreNormModel:
         *,
         capture: Collection[str] = (),
         interventions: Interventions = NO_INTERVENTIONS,
+        places: Tensor | None = None,
     ) -> ForwardPass:
         """See `engine.forward.Model`. Captured queries, keys and values are views of what the attention kernel read."""
         device = self.unembedding.device
         tokens = tokens.to(device)
-        self._check_tokens(tokens, mask)
+        places = None if places is None else places.to(device)
+        self._check_tokens(tokens, mask, places)
         self._check_interventions(tokens, capture, interventions)
         patches = interventions.residual_patches
         # What a patch hides and nobody asked for is not computed.
         hidden = 0 if capture else max((self.stages.index(stage) for stage in patches), default=0)
+        # No position reads another after the last attention.
+        last_attention = len(self.stages) - 3
         kept: dict[str, Tensor] = {}
-        attention: list[Tensor] | None = [] if "attention" in capture else None
+        attention: _Attention | None = ([], []) if "attention" in capture else None
         x = torch.empty(0)
         for position, stage in enumerate(self.stages):
             if position >= hidden:
                 if stage not in patches or capture:
-                    x = self._stage(position, x, tokens, interventions, attention)
+                    chosen = places if position == last_attention else None
+                    x = self._stage(position, x, tokens, interventions, attention, chosen)
                 if stage in patches:
                     x = patches[stage].to(device)
+                    x = _at(x, places) if position >= last_attention else x
                 if "stages" in capture:
-                    kept[stage] = x
+                    kept[stage] = x if position >= last_attention else _at(x, places)
+        qkv, mixed = attention or ([], [])
         # [batch, position, 3, head, d_head], a layer each.
-        parts = [[held.select(2, part).transpose(1, 2) for held in attention or ()] for part in range(3)]
-        return ForwardPass(x, self.unembedding, kept, *parts)
+        queries, keys, values = ([held.select(2, part).transpose(1, 2) for held in qkv] for part in range(3))
+        return ForwardPass(x, self.unembedding, kept, queries, keys, values, mixed)
 
     def _stage(
         self,
@@ -133,7 +143,8 @@ class PreNormModel:
         x: Tensor,
         tokens: Tensor,
         interventions: Interventions,
-        attention: list[Tensor] | None,
+        attention: _Attention | None,
+        places: Tensor | None,
     ) -> Tensor:
         """The residual stream after one more stage: embedding, an attention or an MLP, or the final LayerNorm."""
         if position == 0:
@@ -142,32 +153,36 @@ class PreNormModel:
         if position == len(self.stages) - 1:
             return self.final_norm(x)
         layer, is_mlp = divmod(position - 1, 2)
-        write = self._mlp if is_mlp else self._attention
         # The write is fresh, so the sum takes no memory of its own.
-        return write(layer, x, interventions, attention).add_(x)
+        if is_mlp:
+            return self._mlp(layer, x, interventions).add_(x)
+        return self._attention(layer, x, interventions, attention, places).add_(_at(x, places))
 
     def _attention(
-        self, layer: int, x: Tensor, interventions: Interventions, attention: list[Tensor] | None
+        self,
+        layer: int,
+        x: Tensor,
+        interventions: Interventions,
+        attention: _Attention | None,
+        places: Tensor | None,
     ) -> Tensor:
         weights = self._weights
         batch, length, _ = x.shape
         qkv = functional.linear(
             self.attention_norm(layer, x), weights.qkv[layer].flatten(0, 1), weights.qkv_bias[layer].flatten()
         ).view(batch, length, 3, self.n_heads, self.d_head)
-        if attention is not None:
-            attention.append(qkv)
         # Padding stands on the right, where no causal query sees it: the kernel needs no other mask.
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         heads = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         if interventions.head_mask is not None:
             heads = heads * interventions.head_mask[layer].to(x)[:, None, None]
-        return functional.linear(
-            heads.transpose(1, 2).flatten(2), weights.out[layer], weights.out_bias[layer]
-        )
+        if attention is not None:
+            attention[0].append(qkv)
+            attention[1].append(heads)
+        written = _at(heads.transpose(1, 2).flatten(2), places)
+        return functional.linear(written, weights.out[layer], weights.out_bias[layer])
 
-    def _mlp(
-        self, layer: int, x: Tensor, interventions: Interventions, _attention: list[Tensor] | None
-    ) -> Tensor:
+    def _mlp(self, layer: int, x: Tensor, interventions: Interventions) -> Tensor:
         weights = self._weights
         read = self._norm(x, weights.norm_2[layer])
         neurons = functional.linear(read, weights.mlp_in[layer], weights.mlp_in_bias[layer])
@@ -193,7 +208,7 @@ class PreNormModel:
         gain, bias = gain_and_bias
         return functional.layer_norm(x, (self.d_model,), gain, bias, self.layer_norm_eps)
 
-    def _check_tokens(self, tokens: Tensor, mask: Tensor | None) -> None:
+    def _check_tokens(self, tokens: Tensor, mask: Tensor | None, places: Tensor | None) -> None:
         if tokens.ndim != 2 or not tokens.numel():
             raise InvalidForward(
                 f"tokens have shape {tuple(tokens.shape)}; a forward pass takes [batch, position]"
@@ -211,6 +226,12 @@ class PreNormModel:
             raise InvalidForward(f"the mask has shape {tuple(mask.shape)}, the tokens {tuple(tokens.shape)}")
         if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise InvalidForward("the mask hides a token before one it shows: pad on the right")
+        if places is not None and places.numel():
+            low, high = (int(bound) for bound in places.aminmax())
+            if low < 0 or high >= tokens.numel():
+                raise InvalidForward(
+                    f"place {low if low < 0 else high} is not among the {tokens.numel()} of these tokens"
+                )
 
     def _check_interventions(
         self, tokens: Tensor, capture: Collection[str], interventions: Interventions
@@ -234,3 +255,8 @@ class PreNormModel:
                 raise InvalidForward(
                     f"the patch of stage {stage} has shape {tuple(patch.shape)}; these tokens take {residual}"
                 )
+
+
+def _at(x: Tensor, places: Tensor | None) -> Tensor:
+    """`Float[batch, position, d_model]` at some places, `Float[place, d_model]`; as it is for None."""
+    return x if places is None else x.flatten(0, 1).index_select(0, places)

@@ -97,6 +97,8 @@ def test_queries_keys_and_values_are_the_heads_reading_of_their_input(family, ca
         for letter, found in zip("QKV", (captured.queries, captured.keys, captured.values), strict=True):
             weight, bias = model.head_weights[f"W_{letter}"][layer], model.head_weights[f"b_{letter}"][layer]
             close(found[layer], torch.einsum("btd,hed->bhte", read, weight) + bias[:, None])
+        probabilities = attention_of(model, captured.queries[layer], captured.keys[layer])
+        close(captured.mixed[layer], probabilities @ captured.values[layer].double())
     close(model.final_norm(captured.stages[f"layer_{family.n_layers - 1}_post_mlp"]), captured.final)
 
 
@@ -116,6 +118,48 @@ def test_what_is_captured_changes_nothing_and_logits_of_places_are_the_logits(fa
     assert captured.queries[0].untyped_storage().data_ptr() == captured.values[0].untyped_storage().data_ptr()
     assert (model.n_layers, model.n_heads) == (family.n_layers, family.n_heads)
     assert model.unembedding.shape == (model.vocabulary_size, model.d_model)
+
+
+def test_at_some_places_the_pass_gives_what_it_gives_at_all_of_them(family, captured, monkeypatch):
+    model = family.model()
+    length = family.tokens.shape[1]
+    rows, positions = torch.tensor([0, 0, 2, 3, 4]), torch.tensor([2, 17, 5, 0, 11])
+    places = rows * length + positions
+    widths = []
+    real = functional.gelu
+    monkeypatch.setattr(
+        functional, "gelu", lambda x, **k: widths.append(x.numel() // x.shape[-1]) or real(x, **k)
+    )
+    found = model.forward(family.tokens, family.mask, capture=CAPTURE, places=places)
+    assert widths == [family.tokens.numel()] * (family.n_layers - 1) + [len(places)]
+    assert list(found.stages) == list(model.stages)
+    for stage, values in captured.stages.items():
+        close(found.stages[stage], values[rows, positions], 1e-6)
+    assert found.final.shape == (5, model.d_model)
+    close(found.final, captured.final[rows, positions], 1e-6)
+    close(found.logits, captured.logits[rows, positions], 1e-6)
+    for part in ("queries", "keys", "values", "mixed"):
+        for layer, values in enumerate(getattr(captured, part)):
+            assert torch.equal(getattr(found, part)[layer], values)
+    plain = model.forward(family.tokens, places=places)
+    assert torch.equal(plain.final, found.final)
+    assert not plain.stages
+    none = model.forward(family.tokens, capture=CAPTURE, places=places[:0])
+    assert {tuple(values.shape) for values in none.stages.values()} == {(0, model.d_model)}
+    assert torch.equal(none.values[-1], captured.values[-1])
+
+
+@pytest.mark.parametrize("stage", residual_stages(3))
+def test_a_patch_holds_at_some_places_too(family, captured, stage):
+    model = family.model()
+    other = model.forward(family.tokens.flip(0), capture=CAPTURE).stages[stage]
+    patch = Interventions(residual_patches={stage: other})
+    places = torch.tensor([3, 30, 31])
+    whole = model.forward(family.tokens, interventions=patch, capture=CAPTURE)
+    found = model.forward(family.tokens, interventions=patch, capture=CAPTURE, places=places)
+    for name, values in whole.stages.items():
+        close(found.stages[name], values.flatten(0, 1)[places], 1e-6)
+    close(model.forward(family.tokens, interventions=patch, places=places).final, found.final, 1e-6)
 
 
 def test_padding_and_the_future_are_invisible(family):
@@ -294,9 +338,10 @@ def test_what_does_not_fit_is_refused_in_a_line_that_names_what_does(family):
     model = family.model()
     batch, length = family.tokens.shape
 
-    def refused(message: str, tokens=family.tokens, mask=None, capture=(), **changes):
+    def refused(message: str, tokens=family.tokens, mask=None, capture=(), places=None, **changes):
+        changed = Interventions(**changes)
         with pytest.raises(InvalidForward, match=message) as caught:
-            model.forward(tokens, mask, capture=capture, interventions=Interventions(**changes))
+            model.forward(tokens, mask, capture=capture, interventions=changed, places=places)
         assert "\n" not in str(caught.value)
 
     refused(
@@ -321,6 +366,9 @@ def test_what_does_not_fit_is_refused_in_a_line_that_names_what_does(family):
     refused(r"tokens have shape \(1, 0\)", torch.ones(1, 0, dtype=torch.long))
     refused("pad on the right", mask=~family.mask)
     refused(r"the mask has shape \(5, 2\)", mask=family.mask[:, :2])
+    count = family.tokens.numel()
+    refused(f"place {count} is not among the {count} of these tokens", places=torch.tensor([count, 0]))
+    refused("place -2 is not among", places=torch.tensor([-2]))
 
 
 def test_weights_of_another_model_are_refused_by_the_first_that_differs(family):
