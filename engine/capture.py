@@ -8,7 +8,7 @@ Records are right-padded and no mask is passed: attention is causal, so no posit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -48,6 +48,38 @@ class Batch:
     places: dict[str, Tensor] = field(default_factory=dict)
     """Layout to `Int[place]`: row · length + position, the places whose residual stream is kept."""
 
+    def kept(self, layouts: Iterable[str]) -> Kept:
+        """Where the residual stream is wanted for some layouts."""
+        predictions = self.row * self.tokens.shape[1] + self.position
+        wanted = {layout: self.places[layout] for layout in layouts}
+        places = torch.unique(torch.cat([predictions, *wanted.values()]))
+
+        def find(of: Tensor) -> Tensor | None:
+            return None if torch.equal(of, places) else torch.searchsorted(places, of)
+
+        return Kept(
+            places,
+            torch.searchsorted(places, predictions),
+            {layout: find(of) for layout, of in wanted.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The places of a batch where its residual stream is wanted."""
+
+    places: Tensor
+    """`Int[place]`: row · length + position, ascending."""
+    events: Tensor
+    """`Int[event]`: where among them each event predicts."""
+    layouts: dict[str, Tensor | None]
+    """Layout to `Int[place]`, where among them its own are; None if they are all of them, in order."""
+
+    def of(self, layout: str, x: Tensor) -> Tensor:
+        """A layout's places among `Float[place, d_model]`."""
+        index = self.layouts[layout]
+        return x if index is None else x.index_select(0, index)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -81,6 +113,11 @@ class Request:
         """Query roles that attention is computed for."""
         components = {"prediction"} if self.components else set()
         return self.attention | self.head_writes | components
+
+    @property
+    def layouts(self) -> frozenset[str]:
+        """Layouts at whose places the residual stream is read."""
+        return self.activations | {form.layout for form in self.qk_coordinates}
 
 
 @dataclass(frozen=True)
@@ -174,44 +211,40 @@ class Capture:
         request, model = self.request, self.model
         captured = Captured()
         capture = {"stages"} | ({"attention"} if request.roles else set())
-        passed = model.forward(batch.tokens, capture=capture)
-        own = final_readout(model, passed.final[batch.row, batch.position], batch.choices)
-        last = passed.stages[model.stages[-2]][batch.row, batch.position]
-        gradient = readout_gradient(model, last, batch.choices, own)
+        kept = batch.kept(request.layouts)
+        passed = model.forward(batch.tokens, capture=capture, places=kept.places)
+        own = final_readout(model, passed.final.index_select(0, kept.events), batch.choices)
+        # [stage, event, d_model]
+        residual = torch.stack([x.index_select(0, kept.events) for x in passed.stages.values()])
+        gradient = readout_gradient(model, residual[-2], batch.choices, own)
         _require_margin(gradient, own)
         if request.readouts:
-            stages = [passed.stages[stage][batch.row, batch.position] for stage in model.stages[:-1]]
-            read = stage_readouts(model, stages, batch.choices)
+            read = stage_readouts(model, residual[:-1], batch.choices)
             # The final stage unembedded is the model's own output.
             captured.readouts = read.append(own).append(own).cpu()
         parts = []
         for role in sorted(request.roles):
             queries = batch.queries[role]
-            attended = [
-                attend(queries, *of) for of in zip(passed.queries, passed.keys, passed.values, strict=True)
-            ]
             if role in request.attention:
+                attended = attend(queries, passed.queries, passed.keys)
                 captured.attention[role] = Attention(
-                    queries.lists([layer.scores for layer in attended]).cpu(),
-                    queries.lists([layer.probabilities for layer in attended]).cpu(),
+                    queries.lists(attended.scores).cpu(), queries.lists(attended.probabilities).cpu()
                 )
             if self.writes is not None and role in request.head_writes | {"prediction"}:
-                found = head_writes(self.writes, attended, batch.choices, gradient)
+                mixes = [queries.mixes(*of) for of in zip(passed.values, passed.mixed, strict=True)]
+                found = head_writes(self.writes, mixes, batch.choices, gradient)
                 if role == "prediction":
                     parts = [found.contributions[..., -1, :]]
                 if role in request.head_writes:
                     captured.head_writes[role] = found.cpu()
         if request.components:
-            residual = {stage: passed.stages[stage][batch.row, batch.position] for stage in model.stages}
             captured.components = component_contributions(model, residual, parts[0], gradient).cpu()
         for layout in request.activations:
             for stage, x in passed.stages.items():
-                kept = x.reshape(-1, x.shape[-1]).index_select(0, batch.places[layout])
-                captured.activations[layout, stage] = [kept.cpu()]
+                captured.activations[layout, stage] = [kept.of(layout, x).cpu()]
         for form, prepared in self.forms.items():
-            x = passed.stages[form.stage]
-            kept = x.reshape(-1, x.shape[-1]).index_select(0, batch.places[form.layout])
-            captured.qk_coordinates[form] = qk_coordinates(model, prepared, kept).cpu()
+            x = kept.of(form.layout, passed.stages[form.stage])
+            captured.qk_coordinates[form] = qk_coordinates(model, prepared, x).cpu()
         if request.ablations:
             captured.baseline = own.scalars().cpu()
             captured.ablated = ablate(model, batch.tokens, batch.row, batch.position, batch.choices).cpu()

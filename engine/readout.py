@@ -5,7 +5,6 @@ Source: definitions 2 §C, §I; definitions 4 §0.5, §0.12. `event` and `candid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -97,55 +96,48 @@ def first_of_(scores: Tensor, value: Tensor) -> Tensor:
     return (count - found).long().clamp_(max=count - 1)
 
 
-def read_logits(logits: Tensor, choices: Choices, event: Tensor) -> Readout:
-    """Reduces `Float[row, vocabulary]`, which are overwritten; `event` says which events the rows are."""
-    answer = choices.answer_token[event]
-    answer_logit = logits.gather(-1, answer[:, None])[:, 0]
+def read_logits(logits: Tensor, choices: Choices, event: slice) -> Readout:
+    """Reduces `Float[…, event, vocabulary]`, which are overwritten; `event` says which events they are."""
+    answer = choices.answer_token[event].expand(logits.shape[:-1])
+    answer_logit = logits.gather(-1, answer[..., None])[..., 0]
     wrong_logit, wrong_token = choices.best_wrong_(choices.of(logits).clone(), choices.wrong[event])
     peak = logits.amax(-1)
     # Terms that float32 would lose anyway are kept clear of denormal numbers, which are slow.
-    total = (logits - peak[:, None]).clamp_(min=-80).exp_().sum(-1).log_()
+    total = (logits - peak[..., None]).clamp_(min=-80).exp_().sum(-1).log_()
     best = first_of_(logits, peak)
     return Readout(answer_logit, wrong_token, wrong_logit, best, answer_logit - peak - total, best == answer)
 
 
 def final_readout(model: Model, final: Tensor, choices: Choices) -> Readout:
     """Of the final stage, `Float[event, d_model]`, which the unembedding reads as it is: `[event]`."""
-    return _read(model, final, choices, torch.arange(len(final), device=final.device))
+    return _read(model, final[None], choices).apply(lambda column: column[:, 0])
 
 
-def stage_readouts(model: Model, stages: Sequence[Tensor], choices: Choices) -> Readout:
-    """Every stage, `Float[event, d_model]` each, as if it were the last before the final LayerNorm: `[event, stage]`."""
-    normed = model.final_norm(torch.stack(list(stages), 1))
-    events, count, _ = normed.shape
-    event = torch.arange(events, device=normed.device).repeat_interleave(count)
-    found = _read(model, normed.flatten(0, 1), choices, event)
-    return found.apply(lambda column: column.reshape(events, count))
+def stage_readouts(model: Model, stages: Tensor, choices: Choices) -> Readout:
+    """Every stage, `Float[stage, event, d_model]`, as if it were the last before the final LayerNorm: `[event, stage]`."""
+    return _read(model, model.final_norm(stages), choices)
 
 
-def _read(model: Model, rows: Tensor, choices: Choices, event: Tensor) -> Readout:
-    unembedding, size = model.unembedding.T, max(1, _BLOCK // model.vocabulary_size)
-    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-    return Readout.join([read_logits(rows[part] @ unembedding, choices, event[part]) for part in parts])
+def _read(model: Model, rows: Tensor, choices: Choices) -> Readout:
+    """`Float[stage, event, d_model]`, read by the unembedding: `[event, stage]`."""
+    stages, events, _ = rows.shape
+    size = max(1, _BLOCK // (model.vocabulary_size * stages))
+    parts = [slice(start, start + size) for start in range(0, events, size)]
+    found = [read_logits(rows[:, part] @ model.unembedding.T, choices, part) for part in parts]
+    return Readout.join([part.apply(lambda column: column.T) for part in found])
 
 
 @dataclass(frozen=True)
 class ReadoutGradient:
     """How the value margin reads the last residual stage z, per event; constant where it is used."""
 
-    differentiated: Tensor
-    """`Float[event, d_model]`: d margin / d z, mean and variance of the LayerNorm differentiated too."""
-    frozen: Tensor
-    """`Float[event, d_model]`: the same with the standard deviation held fixed: frozen · z + bias = margin."""
+    both: Tensor
+    """`Float[2, event, d_model]`: d margin / d z, mean and variance of the LayerNorm differentiated too; and frozen, the
+    same with the standard deviation held fixed: frozen · z + bias = margin."""
     bias: Tensor
     """`Float[event]`: what the LayerNorm's bias adds to the margin."""
     margin: Tensor
     """`Float[event]`: frozen · z + bias, the margin read off the last stage."""
-
-    @property
-    def both(self) -> Tensor:
-        """`Float[event, d_model, 2]`: differentiated, frozen."""
-        return torch.stack([self.differentiated, self.frozen], -1)
 
 
 def readout_gradient(model: Model, last: Tensor, choices: Choices, own: Readout) -> ReadoutGradient:
@@ -163,4 +155,4 @@ def readout_gradient(model: Model, last: Tensor, choices: Choices, own: Readout)
     frozen = (u - u.mean(-1, keepdim=True)) / deviation
     differentiated = frozen - n * (u * n).mean(-1, keepdim=True) / deviation
     bias = direction @ shift
-    return ReadoutGradient(differentiated, frozen, bias, (u * n).sum(-1) + bias)
+    return ReadoutGradient(torch.stack([differentiated, frozen]), bias, (u * n).sum(-1) + bias)

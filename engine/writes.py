@@ -6,16 +6,15 @@ d_head per token, not d_model. Source: definitions 2 §B, §C, §I.7-9.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .attention import Attended
 from .forward import Model
 from .parallel_columns import ParallelColumns
-from .readout import Choices, ReadoutGradient
+from .readout import Choices, ReadoutGradient, first_of_
 
 _BLOCK = 1 << 19
 
@@ -37,48 +36,51 @@ class OVReader:
     def __init__(self, model: Model, candidates: Tensor) -> None:
         self.W_O = model.head_weights["W_O"]
         self._unembedding = model.unembedding[candidates]
+        # [d_model, layer · head · d_head]
+        self._directions = self.W_O.permute(2, 0, 1, 3).flatten(1)
 
     def logits(self, layer: int) -> Tensor:
         """`Float[head, d_head, candidate]`: what a value vector of each head of a layer does to each candidate's logit."""
         return (self._unembedding @ self.W_O[layer]).mT
 
-    def directions(self, layer: int, gradient: Tensor) -> Tensor:
-        """`Float[event, d_model, 2]` as the heads of a layer see it: `Float[event, head, d_head, 2]`."""
-        flat = self.W_O[layer].transpose(0, 1).flatten(1)
-        seen = gradient.transpose(1, 2).reshape(-1, flat.shape[0]) @ flat
-        return seen.reshape(len(gradient), 2, *self.W_O.shape[1::2]).movedim(1, -1)
+    def directions(self, gradient: Tensor) -> Tensor:
+        """`Float[2, event, d_model]` as every head sees it: `Float[2, event, layer, head, d_head]`."""
+        layers, heads, _, width = self.W_O.shape
+        return (gradient @ self._directions).view(2, -1, layers, heads, width)
 
 
 def head_writes(
-    reader: OVReader, attended: Sequence[Attended], choices: Choices, gradient: ReadoutGradient
+    reader: OVReader, mixes: Sequence[Tensor], choices: Choices, gradient: ReadoutGradient
 ) -> HeadWrites:
-    """Every head's write at the query positions, and what it would write if it attended to a role alone."""
-    both = gradient.both
-    layers = []
-    for layer, of in enumerate(attended):
-        mixed = of.mixed
-        contributions = mixed @ reader.directions(layer, both)
-        layers.append((*_read(reader.logits(layer), mixed, choices), contributions))
-    return HeadWrites(*(torch.stack(column, 1) for column in zip(*layers, strict=True)))
+    """What every head writes of `Float[event, role, head, d_head]`, a layer each: of the mean value vector of a role, as if
+    it attended to that alone, and last of what attention mixes."""
+    layers = [_read(reader.logits(layer), mixed, choices) for layer, mixed in enumerate(mixes)]
+    answer, place, logit = (torch.stack(column).permute(2, 0, 1, 3) for column in zip(*layers, strict=True))
+    directions = reader.directions(gradient.both).unbind(2)
+    # [event, role, head] of each gradient and layer.
+    read = [[(z * of[:, None]).sum(-1) for of in seen] for z, seen in zip(mixes, directions, strict=True)]
+    contributions = torch.stack([torch.stack(layer, -1) for layer in read], 1).transpose(2, 3)
+    return HeadWrites(answer, choices.candidates[place], logit, contributions)
 
 
 def _read(logits_of: Tensor, mixed: Tensor, choices: Choices) -> tuple[Tensor, Tensor, Tensor]:
-    """Answer logit, best wrong token and its logit of `Float[event, head, role, d_head]`: `[event, head, role]` each."""
-    events, heads, roles, width = mixed.shape
+    """Answer logit, place of the best wrong candidate and its logit of `Float[event, role, head, d_head]`:
+    `[head, event, role]` each."""
+    events, roles, heads, _ = mixed.shape
     candidates = logits_of.shape[-1]
     size = max(1, _BLOCK // (roles * candidates))
-    columns = []
-    for head in range(heads):
-        parts = []
-        for start in range(0, events, size):
-            part = slice(start, start + size)
-            scores = (mixed[part, head].reshape(-1, width) @ logits_of[head]).reshape(-1, roles, candidates)
-            answer = scores.gather(-1, choices.answer[part, None, None].expand(-1, roles, 1))[..., 0]
-            wrong_logit, wrong_token = choices.best_wrong_(scores, choices.wrong[part, None])
-            parts.append((answer, wrong_token, wrong_logit))
-        columns.append([torch.cat(column) for column in zip(*parts, strict=True)])
-    answer_logit, token, logit = (torch.stack(column, 1) for column in zip(*columns, strict=True))
-    return answer_logit, token, logit
+    answer_logit, wrong_logit = mixed.new_empty(2, heads, events, roles).unbind()
+    place = choices.answer.new_empty(heads, events, roles)
+    for start in range(0, events, size):
+        part = slice(start, start + size)
+        answer = choices.answer[part, None, None].expand(-1, roles, 1)
+        wrong = choices.wrong[part, None]
+        for head in range(heads):
+            scores = (mixed[part, :, head].flatten(0, 1) @ logits_of[head]).view(-1, roles, candidates)
+            torch.gather(scores, -1, answer, out=answer_logit[head, part, :, None])
+            torch.amax(scores.add_(wrong), -1, out=wrong_logit[head, part])
+            place[head, part] = first_of_(scores, wrong_logit[head, part])
+    return answer_logit, place, wrong_logit
 
 
 def component_names(n_layers: int, n_heads: int) -> list[tuple[str, str, int | None, int | None]]:
@@ -92,22 +94,21 @@ def component_names(n_layers: int, n_heads: int) -> list[tuple[str, str, int | N
 
 
 def component_contributions(
-    model: Model, residual: Mapping[str, Tensor], heads: Tensor, gradient: ReadoutGradient
+    model: Model, residual: Tensor, heads: Tensor, gradient: ReadoutGradient
 ) -> Tensor:
     """`Float[event, component, 2]` in the order of `component_names`; the frozen ones add up to the value margin.
 
-    `residual` holds every stage at the prediction positions, `Float[event, d_model]`; `heads` is
+    `residual` is `Float[stage, event, d_model]` of every stage at the prediction positions; `heads` is
     `Float[event, layer, head, 2]`, what the heads' writes contribute.
     """
-    both = gradient.both
-
-    def of(part: Tensor) -> Tensor:
-        return torch.einsum("...d,...dk->...k", part, both)
-
-    found = [of(residual["embedding"])[:, None]]
+    # Stages are the embedding, then attention and MLP in turn.
+    mlp = residual[2:-1:2] - residual[1:-1:2]
+    parts = torch.cat([residual[:1], mlp])
+    embedding, *mlps = torch.stack([(parts * of).sum(-1) for of in gradient.both], -1)
+    biases = (gradient.both @ model.head_weights["b_O"].T).permute(2, 1, 0)
+    found = [embedding[:, None]]
     for layer in range(model.n_layers):
-        mlp = residual[f"layer_{layer}_post_mlp"] - residual[f"layer_{layer}_post_attn"]
-        found += [heads[:, layer], of(model.head_weights["b_O"][layer])[:, None], of(mlp)[:, None]]
+        found += [heads[:, layer], biases[layer, :, None], mlps[layer][:, None]]
     # A constant has no gradient.
     bias = torch.stack([torch.zeros_like(gradient.bias), gradient.bias], -1)
     return torch.cat([*found, bias[:, None]], 1)

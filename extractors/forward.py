@@ -192,9 +192,8 @@ class ForwardPasses:
         if probe.name not in self._batches:
             requests = [of.request() for of in self._extractors if of.probe == probe.name]
             merged = reduce(Request.__or__, requests)
-            layouts = merged.activations | {form.layout for form in merged.qk_coordinates}
             self._batches[probe.name] = make_batches(
-                probe, model, sorted(merged.roles), sorted(layouts), self._device, self._batch_size
+                probe, model, sorted(merged.roles), sorted(merged.layouts), self._device, self._batch_size
             )
         return self._batches[probe.name]
 

@@ -305,7 +305,7 @@ def test_a_large_vocabulary_is_never_whole(monkeypatch, probed):
 
     for module in (readout, writes):
         monkeypatch.setattr(module, "_BLOCK", 1000)
-    monkeypatch.setattr(readout, "first_of_", watched)
+        monkeypatch.setattr(module, "first_of_", watched)
     extract(probed, trained.RUN, [Need("readouts", PROBE), Need("head_writes", PROBE)], "150")
     assert 0 < largest <= 1000
 
