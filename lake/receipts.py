@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,6 +21,8 @@ from .schema import TABLES
 from .storage import Storage
 
 FOLDER = "tables/extractions"
+# In a receipt's footer: its row as canonical JSON, and the CRC-32C of all bytes before the footer followed by that text.
+_ROW, _CHECKSUM = b"lakebed.receipt", b"lakebed.crc32c"
 
 
 @dataclass(frozen=True)
@@ -128,30 +133,38 @@ class Receipt:
         return receipt_key(self.run, self.unit)
 
     def to_parquet(self) -> builtins.bytes:
-        """The one-row Parquet file."""
+        """The one-row Parquet file, its row once more as JSON in the footer."""
         row = {name: getattr(self, name) for name in TABLES["extractions"].names()}
         row["steps"] = list(self.steps)
         row["files"] = [vars(entry) for entry in self.files]
         row["tensors"] = [
             {**vars(entry), "steps": list(entry.steps), "names": list(entry.names)} for entry in self.tensors
         ]
-        # Without statistics: of one row they tell nothing, and unlike its pages they carry no checksum.
         table = pa.Table.from_pylist([row], schema=TABLES["extractions"].arrow_schema())
-        return parquet_bytes(table, statistics=False)
+        text, sink = canonical_json(row), io.BytesIO()
+        # Without statistics: of one row they tell nothing, and unlike its pages they carry no checksum.
+        with pq.ParquetWriter(
+            sink, table.schema, compression="zstd", write_page_checksum=True, write_statistics=False
+        ) as writer:
+            writer.write_table(table)
+            checksum = google_crc32c.value(sink.getvalue() + text.encode())
+            writer.add_key_value_metadata({_ROW: text, _CHECKSUM: str(checksum)})
+        return sink.getvalue()
 
     @classmethod
-    def from_parquet(cls, run: str, data: builtins.bytes, path: str) -> Receipt:
-        """Reads a receipt back, its pages against their checksums; raises CorruptFile naming `path`."""
+    def from_parquet(cls, run: str, data: builtins.bytes, path: str, pages: bool = False) -> Receipt:
+        """Reads a receipt back, checksums compared; raises CorruptFile naming `path`.
+
+        The row is that of the footer, if there is one: to decode the pages of each column takes six times as long, and a
+        lake may have a thousand receipts. With `pages` it is the one that other readers see.
+        """
         try:
             # pyarrow does not look at the first bytes, other readers do.
             if data[:4] != b"PAR1":
                 raise ValueError("it does not begin like a Parquet file")
-            # Half the time of read_table, which sets up a dataset scan; a lake may have a thousand receipts.
+            # Half the time of read_table, which sets up a dataset scan.
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-            table = file.read(use_threads=False)
-            if table.schema.remove_metadata() != TABLES["extractions"].arrow_schema():
-                raise ValueError("its columns are not those of a receipt")
-            (row,) = table.to_pylist()
+            row = (not pages and _row_of_footer(file, data)) or _row_of_pages(file)
             row["steps"] = tuple(row["steps"])
             row["files"] = tuple(FileEntry(**entry) for entry in row["files"])
             row["tensors"] = tuple(
@@ -169,12 +182,33 @@ class Receipt:
             ) from error
 
 
+def _row_of_footer(file: pq.ParquetFile, data: bytes) -> dict[str, Any] | None:
+    """The row in the footer of a receipt's bytes, None in a receipt of older versions; ValueError for damage."""
+    held = file.metadata.metadata or {}
+    if not {_ROW, _CHECKSUM} <= held.keys():
+        return None
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    if google_crc32c.value(data[:start] + held[_ROW]) != int(held[_CHECKSUM]):
+        raise ValueError("its checksum does not match")
+    row: dict[str, Any] = json.loads(held[_ROW])
+    return row
+
+
+def _row_of_pages(file: pq.ParquetFile) -> dict[str, Any]:
+    table = file.read(use_threads=False)
+    if table.schema.remove_metadata() != TABLES["extractions"].arrow_schema():
+        raise ValueError("its columns are not those of a receipt")
+    row: dict[str, Any]
+    (row,) = table.to_pylist()
+    return row
+
+
 def receipt_key(run: str, unit: str) -> str:
     """Where the receipt of a unit lies."""
     return f"{FOLDER}/run={run}/{unit}.parquet"
 
 
-def parquet_bytes(table: pa.Table, statistics: bool = True) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
     """zstd Parquet with page checksums."""
     sink = pa.BufferOutputStream()
     # A dictionary of measured numbers would hold each of them: half of the time, and a fifth of the bytes. Nor does a
@@ -186,7 +220,7 @@ def parquet_bytes(table: pa.Table, statistics: bool = True) -> bytes:
         compression="zstd",
         use_dictionary=keys or False,
         write_page_checksum=True,
-        write_statistics=(keys or False) if statistics else False,
+        write_statistics=keys or False,
     )
     data: bytes = sink.getvalue().to_pybytes()
     return data

@@ -119,6 +119,7 @@ def _receipts(lake: Lake, runs: Iterable[str], result: VerifyResult) -> Iterator
             try:
                 data = lake.storage.read(path)
                 receipt = Receipt.from_parquet(run, data, path)
+                columns = Receipt.from_parquet(run, data, path, pages=True)
             except FileNotFoundError:
                 continue  # removed since it was listed
             except LakebedError as error:
@@ -128,15 +129,15 @@ def _receipts(lake: Lake, runs: Iterable[str], result: VerifyResult) -> Iterator
                 continue
             result.files += 1
             result.bytes += len(data)
-            reason = _doubt(receipt, unit)
+            reason = _doubt(receipt, columns, unit)
             if reason:
                 result.damaged.append(damage(receipt, path, reason))
             yield receipt
 
 
-def _doubt(receipt: Receipt, unit: str) -> str | None:
-    import json
-
+def _doubt(receipt: Receipt, columns: Receipt, unit: str) -> str | None:
+    if receipt != columns:
+        return "the receipt's columns say something else than its footer"
     if receipt.unit != unit:
         return f"the receipt is of unit {receipt.unit!r}: it was renamed or copied"
     made_from = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -166,6 +168,34 @@ def test_no_flipped_bit_of_a_receipt_is_believed(position: float, bit: int) -> N
         assert Receipt.from_parquet("ref", bytes(data), "x") == receipt
     except CorruptFile as error:
         one_line(error)
+
+
+def test_a_receipt_whose_footer_holds_no_row_is_read_from_its_columns(filled: Lake) -> None:
+    """As all were that lakebed wrote before."""
+    for receipt in filled.receipts.all():
+        path = Path(filled.uri, receipt.key)
+        table = pq.ParquetFile(path).read().replace_schema_metadata(None)
+        pq.write_table(table, path, compression="zstd", write_page_checksum=True, write_statistics=False)
+        assert Receipt.from_parquet(receipt.run, path.read_bytes(), receipt.key) == receipt
+    assert verify(filled).ok
+    flip_in_page(path)
+    with reopened(filled) as lake, pytest.raises(CorruptFile, match="is damaged"):
+        lake.runs()
+
+
+def test_a_receipt_whose_columns_and_footer_differ_is_named(filled: Lake) -> None:
+    receipt, other = filled.receipts.all("ref")[:2]
+    path, sink = Path(filled.uri, receipt.key), io.BytesIO()
+    table = pq.ParquetFile(path).read().replace_schema_metadata(None)
+    with pq.ParquetWriter(sink, table.schema, write_page_checksum=True) as writer:
+        writer.write_table(table)
+        text = pq.ParquetFile(Path(filled.uri, other.key)).metadata.metadata[b"lakebed.receipt"]
+        checksum = str(google_crc32c.value(sink.getvalue() + text))
+        writer.add_key_value_metadata({"lakebed.receipt": text, "lakebed.crc32c": checksum})
+    path.write_bytes(sink.getvalue())
+    assert "the receipt's columns say something else than its footer" in [
+        damage.reason for damage in verify(filled).damaged
+    ]
 
 
 def test_a_receipt_that_was_renamed_or_rewritten_is_named(filled: Lake) -> None:
