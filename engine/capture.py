@@ -163,10 +163,18 @@ class Captured:
     ablated: Tensor | None = None
     """`Float[event, component, scalar]`: the same without a component."""
 
-    def stage(self, layout: str, stage: str, order: Tensor | None) -> Tensor:
-        """`Float[place, d_model]` of a stage, in the order `Int[place]`; None for that of the batches."""
-        values = torch.cat(self.activations[layout, stage])
-        return values if order is None else values.index_select(0, order)
+    def stage(self, layout: str, stage: str, order: Tensor | None, out: Tensor) -> None:
+        """Puts a stage into `Float[place, d_model]`, in the order `Int[place]`; None for that of the batches."""
+        parts = self.activations[layout, stage]
+        if order is None:
+            torch.cat(parts, out=out)
+        else:
+            torch.index_select(torch.cat(parts), 0, order, out=out)
+
+    def shape(self, layout: str, stage: str) -> tuple[int, int]:
+        """Places and d_model of a stage."""
+        parts = self.activations[layout, stage]
+        return sum(len(part) for part in parts), parts[0].shape[1]
 
     def reordered(
         self, events: Tensor | None, places: Mapping[str, Tensor | None], queries: Mapping[str, Tensor]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+import numpy as np
+import torch
 
 from ..engine.capture import Captured, Request
 from ..lake import UnitWriter
@@ -35,12 +39,16 @@ class ActivationsExtractor(ForwardExtractor):
     def write(self, writer: UnitWriter, step: int, captured: Captured, made: Passed) -> None:
         """Writes one step, an array per stage."""
         block = writer.tensor_rows(ACTIVATIONS, [step])
+        order = made.batches.place_order[self.layout]
+
+        def fill(out: np.ndarray[Any, Any], stage: str) -> None:
+            captured.stage(self.layout, stage, order, torch.from_numpy(out))
+
         for stage in made.stages:
-            values = captured.stage(self.layout, stage, made.batches.place_order[self.layout])
-            block.write(
+            block.fill(
                 f"{self.probe}/{self.layout}/{stage}",
-                values.numpy()[None],
-                compress=False,
+                captured.shape(self.layout, stage),
+                partial(fill, stage=stage),
                 dimension_names=[f"row_of_{self.layout}", "d_model"],
             )
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import google_crc32c
@@ -27,6 +29,7 @@ assert _BITSHUFFLE != SHUFFLE
 # On recorded gradients, weights and moments as small as zstd, and two to three times faster both ways.
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=_BITSHUFFLE)
 _STORED = Blosc(cname="lz4", clevel=0, shuffle=_BITSHUFFLE)
+_HEADER_BYTES = 16
 # The CRC-32C of any bytes followed by their own CRC-32C.
 WHOLE = 0x48674BC7
 # A chunk near this size costs little to open and little to overread.
@@ -91,7 +94,37 @@ def encode(array: np.ndarray[Any, Any], compress: bool = True) -> bytes:
     return data + struct.pack("<I", google_crc32c.value(data))
 
 
-def chunk_checksum(data: bytes) -> int:
+@cache
+def _stored_header(size: int, itemsize: int) -> bytes:
+    """What blosc puts before that many bytes that it leaves as they are."""
+    return bytes(_STORED.encode(np.zeros(size // itemsize, f"V{itemsize}")))[:_HEADER_BYTES]
+
+
+class _Scratch(threading.local):
+    """Memory in which a thread puts one chunk after the other together: new memory costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def stored(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], fill: Callable[[np.ndarray[Any, Any]], None]
+    ) -> memoryview:
+        """Bytes of a chunk whose cells `fill` writes, as `encode` without `compress` makes them; until the next call."""
+        size = math.prod(shape) * dtype.itemsize
+        whole = _HEADER_BYTES + size + 4
+        if len(self._memory) < whole:
+            self._memory = np.empty(whole, np.uint8)
+        chunk = self._memory[:whole]
+        chunk[:_HEADER_BYTES] = np.frombuffer(_stored_header(size, dtype.itemsize), np.uint8)
+        fill(chunk[_HEADER_BYTES:-4].view(dtype).reshape(shape))
+        chunk[-4:] = np.frombuffer(struct.pack("<I", google_crc32c.value(chunk[:-4])), np.uint8)
+        return chunk.data
+
+
+scratch = _Scratch()
+
+
+def chunk_checksum(data: bytes | memoryview) -> int:
     """The CRC-32C a chunk ends in. That of the chunk whole is the same for every chunk, and tells none from another."""
     return int.from_bytes(data[-4:], "little")
 

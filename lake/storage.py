@@ -78,10 +78,10 @@ class Storage:
                 end = (end + piece[-4:])[-4:]
         return length, checksum, end
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """Puts `data` under `key`, replacing what was there, atomically."""
         if not self.local:
-            self.fs.pipe_file(f"{self.root}/{key}", data)
+            self.fs.pipe_file(f"{self.root}/{key}", bytes(data))
             return
         temporary = self._write_temporary(key, data)
         try:
@@ -109,7 +109,7 @@ class Storage:
             os.unlink(temporary)
         return True
 
-    def _write_temporary(self, key: str, data: bytes) -> str:
+    def _write_temporary(self, key: str, data: bytes | memoryview) -> str:
         folder, name = os.path.split(f"{self.root}/{key}")
         temporary = f"{folder}/.{name[:60]}.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -197,7 +197,7 @@ def _is_local(fs: Any) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
-def _write_file(path: str, data: bytes) -> None:
+def _write_file(path: str, data: bytes | memoryview) -> None:
     with open(path, "wb", buffering=0) as file:
         view = memoryview(data)
         if len(view) >= _LARGE:

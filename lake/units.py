@@ -11,7 +11,7 @@ import datetime
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -63,9 +63,7 @@ class RowBlock:
         that do not fill a chunk (they are padded with NaN).
         """
         layout = self.layout(name, array.shape[1:], array.dtype)
-        if name not in self.names:
-            self._writer.ensure_array(self.quantity, name, layout, dimension_names, attributes or {})
-            self.names.append(name)
+        self._ensure(name, layout, dimension_names, attributes)
         if at % layout.chunk_rows:
             raise ValueError(f"{name}: row {at} is not the start of a chunk of {layout.chunk_rows} rows")
         folder = self._writer.array_key(self.quantity, name)
@@ -75,6 +73,39 @@ class RowBlock:
                 self._writer.put(
                     f"{folder}/{key}", codec.encode(_padded(rows[(slice(None), *cells)], layout), compress)
                 )
+
+    def fill(
+        self,
+        name: str,
+        row_shape: Sequence[int],
+        fill: Callable[[np.ndarray[Any, Any]], None],
+        dimension_names: Sequence[str] | None = None,
+    ) -> None:
+        """Writes the first row of array `name` uncompressed: `fill` puts its Float32[*row_shape] where it is asked to.
+
+        For rows that are joined from parts, which are then copied once.
+        """
+        layout = self.layout(name, row_shape)
+        if (layout.chunk_rows, *layout.chunk_cells) != (1, *layout.row_shape):
+            row = np.empty(layout.row_shape, layout.dtype)
+            fill(row)
+            self.write(name, row[None], dimension_names=dimension_names, compress=False)
+            return
+        self._ensure(name, layout, dimension_names, None)
+        ((key, _),) = layout.keys(self.first_row)
+        folder = self._writer.array_key(self.quantity, name)
+        self._writer.put(f"{folder}/{key}", codec.scratch.stored(layout.row_shape, layout.dtype, fill))
+
+    def _ensure(
+        self,
+        name: str,
+        layout: codec.Layout,
+        dimension_names: Sequence[str] | None,
+        attributes: Mapping[str, Any] | None,
+    ) -> None:
+        if name not in self.names:
+            self._writer.ensure_array(self.quantity, name, layout, dimension_names, attributes or {})
+            self.names.append(name)
 
 
 def _padded(cells: np.ndarray[Any, Any], layout: codec.Layout) -> np.ndarray[Any, Any]:
@@ -184,7 +215,7 @@ class UnitWriter:
             # Another process made it since we looked: it counts, and ours must fit it.
             self.ensure_array(quantity, name, layout, dimension_names, attributes)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Writes one file of the unit and notes its checksum for the receipt."""
         self._storage.write(key, data)
         checksum = codec.chunk_checksum(data) if key.startswith("tensors/") else google_crc32c.value(data)

@@ -141,6 +141,30 @@ def test_a_chunk_is_what_zarr_python_writes(tmp_path) -> None:
         np.testing.assert_array_equal(zarr.open_array(folder, mode="r")[:], array)
 
 
+def test_a_chunk_put_together_in_place_is_the_encoded_one() -> None:
+    rng = np.random.default_rng(1)
+    for shape, dtype in (((), "float32"), ((3, 5), "float32"), ((400, 128), "float64"), ((9, 2), "int32")):
+        array = rng.standard_normal(shape).astype(dtype)
+        found = bytes(
+            codec.scratch.stored(shape, array.dtype, lambda out, array=array: np.copyto(out, array))
+        )
+        assert found == codec.encode(array, compress=False)
+        np.testing.assert_array_equal(codec.decode(found, shape, array.dtype, "c"), array)
+
+
+@pytest.mark.parametrize(("shape", "block_rows"), [((12, 3), 1), ((3000, 3), 1), ((12, 3), 4), ((0, 3), 1)])
+def test_a_row_that_is_filled_reads_back(lake: Lake, monkeypatch, shape, block_rows) -> None:
+    monkeypatch.setattr(codec, "_CHUNK_BYTES", 4096)
+    rows = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
+    for step, row in enumerate(rows):
+        with lake.unit(Unit("trace", "ref", f"u{step}", (step,))) as writer:
+            block = writer.tensor_rows("gradients", [step], block_rows)
+            block.fill("w", shape, lambda out, row=row: np.copyto(out, row), ["row", "cell"])
+    found = lake.tensor("gradients", "w")
+    for step, row in enumerate(rows):
+        np.testing.assert_array_equal(found.read([step])[0], row)
+
+
 @pytest.mark.parametrize(
     ("row_shape", "block_rows"), [((), 8), ((3,), 4), ((50257, 768), 64), ((128, 128), 1)]
 )
