@@ -20,7 +20,7 @@ from ..lake.schema_attributions import UPDATE_FIELDS
 from . import dataset
 from .columns import constant
 from .forward import probe_of
-from .interval import Interval, IntervalExtractor, part_columns, part_order
+from .interval import Interval, IntervalExtractor, known, part_columns, part_order
 from .pair_sets import PairSelection, PairSet, side_probe
 
 
@@ -82,11 +82,14 @@ class AttributionsExtractor(IntervalExtractor):
     def _scalar_columns(self, interval: Interval, count: int) -> dict[str, Any]:
         head = self.scalar.head_of
         side = self.scalar.sides[0] if len(self.scalar.sides) == 1 else None
+        named = {
+            "spec": self.key,
+            "scalar": self.scalar.name,
+            "scalar_head": None if head is None else f"L{head[0]}H{head[1]}",
+            "record_side": side,
+        }
         return {
-            "spec": constant(self.key, count),
-            "scalar": constant(self.scalar.name, count),
-            "scalar_head": None if head is None else constant(f"L{head[0]}H{head[1]}", count),
-            "record_side": None if side is None else constant(side, count),
+            **{name: constant(text, count) for name, text in named.items() if text is not None},
             **{name: np.full(count, step) for name, step in _steps(interval).items()},
         }
 
@@ -141,7 +144,7 @@ class AttributionsExtractor(IntervalExtractor):
                 "point": np.tile(np.repeat(np.array(points, object), parts), len(cells)),
                 **part_columns(sums, order, len(cells) * len(points)),
                 "gradient_squared": squares.reshape(-1).numpy(),
-                **{name: _column(values.get(name)) for name in UPDATE_FIELDS},
+                **known({name: _column(values.get(name)) for name in UPDATE_FIELDS}),
             },
             in_order=True,
         )

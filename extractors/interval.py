@@ -141,6 +141,11 @@ class IntervalExtractor(dataset.Extractor):
         raise TypeError(f"{self.name} is made of intervals, not of steps")
 
 
+def known(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns without those that are None: the table fills them with nulls."""
+    return {name: column for name, column in columns.items() if column is not None}
+
+
 def part_columns(sums: SliceSums, order: Sequence[int], repeat: int) -> dict[str, Any]:
     """Columns that name the parts, in `order`, `repeat` times."""
     import numpy as np

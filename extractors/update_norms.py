@@ -7,7 +7,7 @@ import torch
 
 from ..lake import UnitWriter
 from ..lake.datasets import UPDATE_NORMS
-from ..lake.schema_attributions import UPDATE_FIELDS, UPDATE_SUMS
+from ..lake.schema_attributions import UPDATE_SUMS
 from . import dataset
 from .interval import Interval, IntervalExtractor, part_columns, part_order
 
@@ -36,7 +36,7 @@ class UpdateNormsExtractor(IntervalExtractor):
                 "source_step": np.full(count, interval.source_step),
                 "target_step": np.full(count, interval.target_step),
                 **part_columns(sums, order, 1),
-                **{f"{name}_squared": squared.get(name) for name in (*UPDATE_FIELDS, *UPDATE_SUMS)},
+                **{f"{name}_squared": of for name, of in squared.items()},
             },
             in_order=True,
         )

@@ -136,6 +136,17 @@ class Lake:
         receipts = self.receipts.all(run, dataset)
         return sorted({step for receipt in receipts if receipt.spec == spec for step in receipt.steps})
 
+    def dataset_intervals(
+        self, run: str, dataset: str, parameters: Mapping[str, Any] | None = None
+    ) -> set[tuple[int, int]]:
+        """Intervals (source, target) that a dataset of intervals was made for with these parameters."""
+        spec = spec_id(parameters or {})
+        return {
+            (receipt.steps[0], receipt.steps[-1])
+            for receipt in self.receipts.all(run, dataset)
+            if receipt.spec == spec
+        }
+
     # -- writing -----------------------------------------------------------------------------------------------
 
     def unit(self, unit: Unit) -> UnitWriter:

@@ -104,3 +104,19 @@ class Grid(Chart):
     domain: tuple[float, float] | None = None
     digits: int = 2
     rows: int = 48
+
+
+@dataclass(frozen=True)
+class Bars(Chart):
+    """A horizontal bar per `label`, in the order of the section, from zero to `value`; no step axis.
+
+    `panel` names a column whose values become groups of bars above each other, `color` one that colours them. The first
+    `rows` of each panel are drawn.
+    """
+
+    value: str = "value"
+    value_title: str = ""
+    label: str = "label"
+    panel: str | None = None
+    color: str | None = None
+    rows: int = 24

@@ -1,6 +1,6 @@
 """Drawing: a chart as a report declares it, its section's rows, and files in the formats asked for.
 
-Only this module, `drawing_points`, `marks` and `theme` import Altair, and only when a chart is asked for.
+Only this module, `drawing_points`, `drawing_bars`, `marks` and `theme` import Altair, and only when a chart is asked for.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from altair.utils.schemapi import debug_mode
 
 from ..lake.steps import summarize_steps
 from . import theme
-from .chart import Chart, Grid, Heatmap, Scatter, StackedBars, Trajectory
+from .chart import Bars, Chart, Grid, Heatmap, Scatter, StackedBars, Trajectory
 from .chart_data import HIGHLIGHTED, Lines, stacked, thin_cells, trajectory_lines
+from .drawing_bars import bars
 from .drawing_points import grid, scatter
 from .marks import Note, inline_rows, steps_axis
 
@@ -274,4 +275,5 @@ _BUILDERS: dict[type[Chart], Callable[[Any, pl.DataFrame, bool], tuple[Any, Note
     Heatmap: _cells,
     Scatter: scatter,
     Grid: grid,
+    Bars: bars,
 }

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from ..lake.datasets import MOMENTS, RECORDED, WEIGHTS, Need, need_steps
+from ..lake.datasets import (
+    MOMENTS,
+    OF_INTERVALS,
+    RECORDED,
+    WEIGHTS,
+    Need,
+    need_intervals,
+    need_steps,
+)
 from ..lake.errors import MissingData, UnknownName
 from ..lake.steps import StepSyntax, select_steps, step_option, summarize_steps
 
@@ -47,12 +55,27 @@ def resolve_steps(lake: Lake, report: Report, run: str) -> list[int]:
             f"{report.report_name()}: no step of run {run!r} lies in --steps {report.steps}; {what} is there for "
             f"{summarize_steps(common)}"
         )
+    for need, _ in selected:
+        if need.dataset in OF_INTERVALS:
+            _require_intervals(lake, report, run, need, wanted)
     for need, steps in needs:
         if need.steps not in ("selected", "any"):
             absent = [step for step in need_steps(need, wanted) if step not in steps]
             if absent:
                 raise MissingData(_message(lake, report, run, need, absent))
     return wanted
+
+
+def _require_intervals(lake: Lake, report: Report, run: str, need: Need, wanted: list[int]) -> None:
+    """Every interval between neighbouring steps must be there; the command that makes them names every step."""
+    if len(wanted) < 2:
+        raise MissingData(
+            f"{report.report_name()}: an update lies between two steps, and --steps {report.steps or 'all'} leaves "
+            f"{summarize_steps(wanted)} of run {run!r}"
+        )
+    held = lake.dataset_intervals(run, need.dataset, need.parameters)
+    if any(ends not in held for ends in need_intervals(wanted)):
+        raise MissingData(_message(lake, report, run, need, wanted))
 
 
 def held_steps(lake: Lake, run: str, need: Need) -> list[int]:
@@ -74,6 +97,17 @@ def held_steps(lake: Lake, run: str, need: Need) -> list[int]:
     return sorted({int(step) for axis in axes for step in axis.steps})
 
 
+def _details(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Parameters as a person reads them: what is empty or zero left out, what is nested on its own."""
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            yield from _details(value)
+        elif isinstance(value, list):
+            yield from ([f"{name} {' and '.join(map(str, value))}"] if value else [])
+        elif value not in (None, 0):
+            yield f"{name} {value}"
+
+
 def _explicit(text: str | None) -> list[int]:
     """Steps that `--steps` names whatever there is."""
     try:
@@ -87,7 +121,7 @@ def _explicit(text: str | None) -> list[int]:
 def _message(lake: Lake, report: Report, run: str, need: Need, steps: Iterable[int]) -> str:
     listed = list(steps)
     at = f" at {'step' if len(listed) == 1 else 'steps'} {summarize_steps(listed)}" if listed else ""
-    details = ", ".join(f"{name} {value}" for name, value in need.parameters.items())
+    details = ", ".join(_details(need.parameters))
     made_with = f" ({details})" if details else ""
     opening = f"{report.report_name()} needs {need.dataset} for run {run!r}{at}{made_with}."
     held = held_steps(lake, run, need)

@@ -1,0 +1,190 @@
+"""bilinear-qk-rank-adam-state-attribution: which term of AdamW's updates moved a head's QK separation (definitions "
+"3, D)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from ..lake import Lake
+from .attribution_report import ARITHMETIC, QKRankOptions
+from .chart import StackedBars, Trajectory
+from .markdown import number, percent
+from .report import RowFile, TextTable
+from .results import Results
+from .traced_report import COMPONENTS, SUMMARY, TracedReport
+
+_STEM = "bilinear_qk_rank_adam_state_attribution"
+
+
+class BilinearQKRankAdamStateAttribution(TracedReport, QKRankOptions):
+    """Step by step: what share of a head's rank-r QK separation came from gradient, momentum, decay, and raw SGD?
+
+    The singular basis is that of each step's source, frozen there.
+    """
+
+    route_pair_type: str = Field("__all__", description="type of the pairs that are scored; __all__ pools")
+    route_split: str = Field("__all__", description="split of the pairs that are scored; __all__ pools")
+
+    row_files: ClassVar[Mapping[str, RowFile]] = {
+        name: RowFile(f"{_STEM}_{name}", name)
+        for name in ("metric_rows", "component_rows", "route_pair_rows")
+    }
+    tables = (
+        TextTable(
+            "component_summary",
+            "Sums over the window",
+            {
+                "scalar": "label",
+                "component": "component",
+                "Σ change": "sum_delta",
+                "share of the actual change": "share_of_actual",
+                "share of its first order": "share_of_first_order",
+                "mean cosine with the gradient": "mean_cosine",
+                "mean norm": "mean_l2_norm",
+            },
+            about="Current gradient, historical momentum and weight decay add up to the first order of the actual "
+            "update; "
+            "raw and clipped SGD stand beside that sum.",
+        ),
+        TextTable(
+            "scalar_summary",
+            "How exact it is",
+            {
+                "scalar": "label",
+                "steps": "num_intervals",
+                "Σ actual change": "sum_actual_delta",
+                "Σ first order": "sum_predicted_delta",
+                "Σ rounding residual": "sum_reconstructed_adamw_residual",
+                "mean relative error of the first order": "mean_relative_error",
+                "signs that match": "sign_matches",
+                "clipped steps": "clipped_intervals",
+            },
+        ),
+    )
+    charts = (
+        Trajectory(
+            "ledger",
+            "ledger",
+            "The ledger: running sums of what moved the separation",
+            about="gradient of the separation times each term of the update; momentum, gradient and decay add up",
+            y_title="Σ change of the separation",
+            series="series",
+            panel="panel",
+        ),
+        StackedBars(
+            "terms",
+            "stacked_terms",
+            "Which term moved the separation, and when",
+            about="of the first rank; arithmetic, not a counterfactual",
+            y_title="change of the separation",
+        ),
+    )
+    how_to_read = (
+        "Row t→t+1: the separation is measured with the singular basis of step t at both ends; its gradient at t is "
+        "multiplied "
+        "by every term of the recorded update.",
+        ARITHMETIC,
+        "raw_sgd and clipped_sgd take AdamW's learning rate, so a small share of theirs is partly a statement on "
+        "step size: "
+        "read the component's norm and cosine beside it.",
+        "Each share names its denominator: `share_of_actual` divides by the measured change, `share_of_first_order` "
+        "by what "
+        "gradient times update makes of it. Shares need not total 100 %.",
+        "The basis moves from step to step, so the sum of the changes is not the separation's end minus its start.",
+        "The tied embedding is one tensor and counts once; `…_counting_aliases` counts every name of it, as "
+        "published numbers "
+        "of the reference toolkit do.",
+    )
+    next_queries = (
+        (
+            "Which heads' and neurons' parameters did the momentum act through?",
+            "SELECT slice_kind, slice, sum(adam_historical_momentum) AS momentum, sum(adam_current_gradient) AS "
+            "gradient, "
+            "sum(raw_sgd) AS raw_sgd FROM attribution_slices WHERE run = $run AND scalar = 'qk_rank_separation' AND "
+            "split = "
+            "'__all__' AND pair_type = '__all__' AND point = 'source' GROUP BY ALL ORDER BY abs(momentum) DESC "
+            "LIMIT 20",
+        ),
+    )
+    example: ClassVar[str] = (
+        "lakebed query bilinear-qk-rank-adam-state-attribution --lake demo.lake --run demo --steps 32:64 --head "
+        "L1H1 --rank 4 "
+        "--context-stage layer_0_post_mlp --score-query-role prediction --support-key-role support_key "
+        "--distractor-key-role "
+        "key_distractors --route-pair-source-type support_value --route-pair-type support_value --out qk-adam"
+    )
+    demo_options: ClassVar[Mapping[str, Any]] = {
+        "head": "L1H1",
+        "rank": (4,),
+        "context_stage": "layer_0_post_mlp",
+        "score_query_role": "prediction",
+        "support_key_role": "support_key",
+        "distractor_key_role": "key_distractors",
+        "route_pair_source_type": ("support_value",),
+        "route_pair_type": "support_value",
+    }
+
+    @classmethod
+    def sql_text(cls) -> str:
+        """Adds the sums over the window, which read the report's labels."""
+        return f"{super().sql_text()}\n{SUMMARY}"
+
+    def scalars(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """One per rank."""
+        return self.qk_rank_scalars(self.record_side)
+
+    def objective(self) -> tuple[str, str]:
+        """`--route-split` and `--route-pair-type`."""
+        return self.route_split, self.route_pair_type
+
+    def parameters(self) -> dict[str, Any]:
+        """Adds the components, in report order."""
+        return {**super().parameters(), "components": list(COMPONENTS)}
+
+    def facts(self, lake: Lake, results: Results) -> dict[str, Any]:
+        """The contract's summary."""
+        return {
+            **super().facts(lake, results),
+            "head_label": self.head_label,
+            "summary": {
+                "by_rank": results.rows("FROM scalar_summary"),
+                "by_component": results.rows("FROM component_summary"),
+            },
+            "terms": ARITHMETIC,
+        }
+
+    def findings(self, results: Results) -> list[str]:
+        """How far the separation moved, and which term carried it."""
+        return [
+            line
+            for of in results.rows("FROM scalar_summary")
+            for line in _of_rank(self.head_label, of, results)
+        ]
+
+
+def _of_rank(head: str, of: dict[str, Any], results: Results) -> list[str]:
+    shares = {
+        row["component"]: row
+        for row in results.rows("SELECT * FROM component_summary WHERE label = $label", label=of["label"])
+    }
+
+    def part(name: str) -> str:
+        return f"{number(shares[name]['sum_delta'], 3)} ({percent(shares[name]['share_of_first_order'])})"
+
+    change = of["sum_actual_delta"]
+    return [
+        f"**{head}'s {of['label']} QK separation {'grew' if change > 0 else 'fell'} by {number(abs(change))}** over "
+        f"{of['num_intervals']:,} recorded steps, {of['start_step']} to {of['end_step']} (in "
+        f"{of['growing_intervals']} of them it "
+        f"grew): carried momentum gave {part('adam_historical_momentum')}, the current gradient "
+        f"{part('adam_current_gradient')}, weight decay {part('weight_decay')}, as shares of the first order "
+        f"{number(of['sum_predicted_delta'])}.",
+        f"Plain SGD at the same learning rate would have given {part('raw_sgd')} along these gradients, clipped SGD "
+        f"{part('clipped_sgd')}; clipping acted in {of['clipped_intervals']} of {of['num_intervals']} steps. First "
+        f"order is "
+        f"{percent(of['mean_relative_error'])} off per step on average, and what float32 rounding left of the split is "
+        f"{number(of['sum_reconstructed_adamw_residual'], 2)}.",
+    ]

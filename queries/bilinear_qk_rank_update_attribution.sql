@@ -1,0 +1,190 @@
+-- One scalar per record side and rank.
+-- view: rank_scalars
+SELECT spec, scalar_parameters->>'$.record_side' AS record_side, (scalar_parameters->>'$.rank')::INTEGER AS rank
+FROM attributed_scalars
+
+-- The spectrum that the basis was cut from, at the source.
+-- view: spectra
+SELECT
+  b.spec, b.source_step, b.target_step,
+  b.singular_values[1] AS qk_singular_value_top,
+  list_sum(b.singular_values) AS qk_singular_value_sum,
+  list_sum(b.singular_values[1:s.rank]) AS qk_singular_value_rank_sum,
+  list_sum(b.singular_values[1:s.rank]) / list_sum(b.singular_values) AS qk_singular_value_rank_fraction,
+  list_min(list_transform(range(1, len(b.singular_values)), lambda i: b.singular_values[i] - b.singular_values[i + 1]))
+    AS qk_singular_value_min_gap
+FROM scalar_bases AS b
+JOIN rank_scalars AS s USING (spec)
+JOIN intervals AS i USING (source_step, target_step)
+WHERE b.run = $run
+
+-- What goes with the separation, by interval and cell.
+-- view: companions
+PIVOT (SELECT * FROM cell_changes WHERE quantity <> 'value')
+ON quantity IN ('support_score_mean', 'distractor_score_mean', 'max_margin', 'support_beats_all', 'support_scores',
+  'distractor_scores')
+USING any_value(actual_delta) AS delta, any_value(source_sum) AS source_sum
+GROUP BY spec, source_step, target_step, split, pair_type
+
+-- rows: metric_rows
+SELECT
+  i.source_step, i.target_step, i.step_gap, i.source_checkpoint, i.target_checkpoint, i.learning_rate,
+  m.split, m.pair_type, 'rank_bilinear_qk_retrieval_separation' AS objective,
+  $head_layer::INTEGER AS head_layer, $head::INTEGER AS head, $head_label AS head_label, $score_query_role AS score_query_role,
+  $support_key_role AS support_key_role, $distractor_key_role AS distractor_key_role, s.record_side,
+  s.rank, $context_stage AS context_stage, $layernorm_mode AS layernorm_mode,
+  m.source_value, m.target_value, m.actual_delta, m.actual_delta_abs_mean, m.actual_delta_std,
+  m.predicted_delta, m.residual, m.absolute_error, m.relative_error, m.predicted_relative_error,
+  m.relative_error_denominator, m.predicted_relative_error_denominator, m.sign_match,
+  m.integrated_delta, m.integrated_relative_error, m.predicted_delta_counting_aliases,
+  c.support_score_mean_delta AS support_delta_mean, c.distractor_score_mean_delta AS distractor_delta_mean,
+  c.max_margin_delta AS max_margin_delta_mean, c.support_beats_all_delta AS support_beats_all_delta_mean,
+  m.num_pairs,
+  (c.support_scores_source_sum + c.distractor_scores_source_sum)::BIGINT AS num_scores,
+  c.support_scores_source_sum::BIGINT AS num_support_scores,
+  c.distractor_scores_source_sum::BIGINT AS num_distractor_scores,
+  m.parameter_delta_l2_norm, m.gradient_l2_norm AS score_gradient_l2_norm,
+  m.update_gradient_cosine AS update_score_gradient_cosine, m.num_parameters,
+  m.zero_gradient_parameter_count AS zero_score_gradient_parameter_count,
+  m.zero_gradient_parameter_names AS zero_score_gradient_parameter_names,
+  p.* EXCLUDE (spec, source_step, target_step)
+FROM metrics AS m
+JOIN intervals AS i USING (source_step, target_step)
+JOIN rank_scalars AS s USING (spec)
+JOIN spectra AS p USING (spec, source_step, target_step)
+JOIN companions AS c USING (spec, source_step, target_step, split, pair_type)
+ORDER BY i.source_step, s.rank, list_position($record_side, s.record_side), m.split, m.pair_type
+
+-- rows: decomposition_rows
+SELECT
+  i.source_step, i.target_step, i.step_gap, i.source_checkpoint, i.target_checkpoint, i.learning_rate,
+  m.split, m.pair_type, 'rank_bilinear_qk_retrieval_separation' AS objective,
+  $head_layer::INTEGER AS head_layer, $head::INTEGER AS head, $head_label AS head_label, $score_query_role AS score_query_role,
+  $support_key_role AS support_key_role, $distractor_key_role AS distractor_key_role, s.record_side,
+  s.rank, $context_stage AS context_stage, $layernorm_mode AS layernorm_mode, m.num_pairs,
+  g.group_id, g.group_kind, g.component_type, g.partition_name, g.group_layer, g.group_head, g.group_projection,
+  g.group_neuron, g.selection_count, g.num_selected_parameters, g.notes,
+  d.predicted_delta_contribution, d.integrated_delta_contribution,
+  d.predicted_delta_contribution / g.num_selected_parameters AS contribution_per_parameter,
+  d.parameter_delta_l2_norm, d.gradient_l2_norm AS score_gradient_l2_norm,
+  d.update_gradient_cosine AS update_score_gradient_cosine,
+  m.actual_delta, m.predicted_delta AS global_predicted_delta, m.residual AS global_residual,
+  m.relative_error AS global_relative_error
+FROM metrics AS m
+JOIN intervals AS i USING (source_step, target_step)
+JOIN rank_scalars AS s USING (spec)
+JOIN group_contributions AS d ON d.spec = m.spec AND d.source_step = m.source_step AND d.target_step = m.target_step
+  AND d.split = m.stored_split AND d.pair_type = m.stored_pair_type
+JOIN groups AS g USING (group_id)
+ORDER BY i.source_step, s.rank, list_position($record_side, s.record_side), m.split, m.pair_type, g.group_kind, g.group_id
+
+-- rows: score_rows
+SELECT
+  v.source_step, v.target_step, s.rank, s.record_side, v.split, v.pair_type, v.pair_id,
+  any_value(v.source_value) FILTER (v.quantity = 'value') AS source_rank_match_separation,
+  any_value(v.target_value) FILTER (v.quantity = 'value') AS target_rank_match_separation,
+  any_value(v.actual_delta) FILTER (v.quantity = 'value') AS rank_match_separation_delta,
+  any_value(v.source_value) FILTER (v.quantity = 'support_score_mean') AS source_support_score_mean,
+  any_value(v.target_value) FILTER (v.quantity = 'support_score_mean') AS target_support_score_mean,
+  any_value(v.source_value) FILTER (v.quantity = 'distractor_score_mean') AS source_distractor_score_mean,
+  any_value(v.target_value) FILTER (v.quantity = 'distractor_score_mean') AS target_distractor_score_mean,
+  any_value(v.source_value) FILTER (v.quantity = 'max_margin') AS source_rank_match_max_margin,
+  any_value(v.target_value) FILTER (v.quantity = 'max_margin') AS target_rank_match_max_margin,
+  any_value(v.source_value) FILTER (v.quantity = 'support_beats_all') = 1 AS source_support_beats_all_distractors,
+  any_value(v.target_value) FILTER (v.quantity = 'support_beats_all') = 1 AS target_support_beats_all_distractors
+FROM pair_changes AS v
+JOIN rank_scalars AS s USING (spec)
+GROUP BY v.source_step, v.target_step, s.rank, s.record_side, v.split, v.pair_type, v.pair_id
+ORDER BY v.source_step, s.rank, list_position($record_side, s.record_side), v.pair_id
+
+-- rows: group_rows
+SELECT * FROM groups ORDER BY group_kind, group_id
+
+-- rows: pair_rows
+SELECT
+  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
+  clean_transfer_token, corrupted_transfer_token, mutation
+FROM chosen_pairs
+
+-- Over all pairs of the first record side, by rank.
+-- view: rank_summary
+SELECT
+  rank,
+  count(*) AS num_intervals,
+  fsum(actual_delta) AS sum_actual_delta,
+  fsum(predicted_delta) AS sum_predicted_delta,
+  fsum(integrated_delta) AS sum_integrated_delta,
+  fsum(support_delta_mean) AS sum_support_delta,
+  fsum(distractor_delta_mean) AS sum_distractor_delta,
+  favg(relative_error) AS mean_relative_error,
+  favg(integrated_relative_error) AS mean_integrated_relative_error,
+  count(*) FILTER (sign_match) AS sign_matches,
+  count(*) FILTER (actual_delta > 0) AS growing_intervals
+FROM metric_rows
+WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
+GROUP BY rank
+ORDER BY rank
+
+-- view: summed_contributions
+SELECT
+  rank, group_id, partition_name,
+  fsum(predicted_delta_contribution) AS first_order_contribution,
+  fsum(integrated_delta_contribution) AS integrated_contribution,
+  coalesce(fsum(integrated_delta_contribution), fsum(predicted_delta_contribution)) AS contribution,
+  coalesce(fsum(integrated_delta_contribution), fsum(predicted_delta_contribution)) / nullif(fsum(actual_delta), 0)
+    AS share_of_actual,
+  any_value(num_selected_parameters) AS num_selected_parameters
+FROM decomposition_rows
+WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
+  AND group_kind NOT IN ('global_all', 'parameter_tensor')
+GROUP BY rank, group_id, partition_name
+
+-- Within a partition contributions add up; across partitions they overlap.
+-- view: largest_contributions
+SELECT * FROM summed_contributions
+QUALIFY row_number() OVER (PARTITION BY rank ORDER BY abs(contribution) DESC, group_id) <= $top_k_groups
+ORDER BY rank, abs(contribution) DESC, group_id
+
+-- The first of them, for the page.
+-- view: carriers
+SELECT * FROM largest_contributions
+QUALIFY row_number() OVER (PARTITION BY rank ORDER BY abs(contribution) DESC, group_id) <= 10
+ORDER BY rank, abs(contribution) DESC, group_id
+
+-- Of the first rank, each kind of group on its own.
+-- view: top_groups
+SELECT replace(partition_name, '_', ' ') AS partition, split_part(group_id, ':', 2) AS name, contribution
+FROM summed_contributions
+WHERE rank = $rank[1]
+QUALIFY row_number() OVER (PARTITION BY partition_name ORDER BY abs(contribution) DESC, group_id) <= 12
+ORDER BY list_position(
+  ['module_blocks', 'attention_heads', 'attention_head_projections', 'attention_projections', 'mlp_neurons'], partition_name
+), abs(contribution) DESC, group_id
+
+-- view: ledger
+SELECT
+  target_step AS step, rank, format('rank {}', rank) AS series,
+  sum(actual_delta) OVER so_far AS value
+FROM metric_rows
+WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
+WINDOW so_far AS (PARTITION BY rank ORDER BY target_step)
+ORDER BY rank, step
+
+-- view: actual_vs_predicted
+SELECT
+  format('{}→{}, rank {}', source_step, target_step, rank) AS interval, format('rank {}', rank) AS series,
+  predicted_delta AS x, actual_delta AS y
+FROM metric_rows
+WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
+ORDER BY rank, source_step
+
+-- view: relative_error
+SELECT target_step AS step, format('rank {}, {}', rank, kind) AS series, value
+FROM (
+  UNPIVOT (
+    SELECT target_step, rank, relative_error AS "first order", integrated_relative_error AS integrated
+    FROM metric_rows
+    WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
+  ) ON "first order", integrated INTO NAME kind VALUE value
+)
+ORDER BY series, step

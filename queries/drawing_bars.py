@@ -1,0 +1,67 @@
+"""Drawing horizontal bars: a value per name, without a step axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from . import theme
+from .chart import Bars
+from .marks import Note, inline_rows
+
+_ROW = 17
+
+
+def bars(chart: Bars, frame: pl.DataFrame, interactive: bool) -> tuple[Any, Note]:
+    """Bars from zero, longest names in full; those beyond `rows` are left out, and the subtitle says how many."""
+    panels = [None] if chart.panel is None else frame[chart.panel].unique(maintain_order=True).to_list()
+    parts, left_out = [], 0
+    colours = [] if chart.color is None else frame[chart.color].unique(maintain_order=True).to_list()
+    for panel in panels:
+        of = frame if panel is None else frame.filter(pl.col(str(chart.panel)) == panel)
+        left_out += max(0, of.height - chart.rows)
+        parts.append(_panel(chart, of.head(chart.rows), panel, colours))
+    notes = [f"{left_out} more left out"] if left_out else []
+    if len(parts) == 1:
+        return parts[0], notes
+    return alt.vconcat(*parts, spacing=18), notes
+
+
+def _panel(chart: Bars, frame: pl.DataFrame, panel: Any, colours: list[Any]) -> alt.Chart:
+    kept = [chart.label, chart.value, *([chart.color] if chart.color else [])]
+    names = frame[chart.label].unique(maintain_order=True).to_list()
+    encoding: dict[str, Any] = {
+        "x": alt.X(f"{chart.value}:Q", title=chart.value_title, axis=alt.Axis(format=".3~g", tickCount=6)),
+        "y": alt.Y(
+            f"{chart.label}:N",
+            title=None,
+            sort=names,
+            axis=alt.Axis(grid=False, ticks=False, labelLimit=260),
+        ),
+        "tooltip": [
+            alt.Tooltip(f"{chart.label}:N", title="group"),
+            alt.Tooltip(f"{chart.value}:Q", title=chart.value_title, format=".4~g"),
+        ],
+    }
+    if chart.color is not None:
+        encoding["color"] = alt.Color(
+            f"{chart.color}:N",
+            title=None,
+            sort=colours,
+            scale=alt.Scale(domain=colours, range=theme.colours(len(colours))),
+        )
+        encoding["yOffset"] = alt.YOffset(f"{chart.color}:N", sort=colours)
+        encoding["tooltip"].insert(1, alt.Tooltip(f"{chart.color}:N"))
+    else:
+        encoding["color"] = alt.value(theme.colours(1)[0])
+    rows = max(1, len(names)) * (1 if chart.color is None else max(1, len(colours) * 0.6))
+    title = alt.Undefined if panel is None else alt.Title(str(panel), anchor="start", fontSize=12)
+    drawn: alt.Chart = (
+        alt.Chart(inline_rows(frame.select(kept)), title=title)
+        .mark_bar()
+        .encode(**encoding)
+        .properties(width=theme.WIDTH, height=int(max(40, _ROW * rows)))
+    )
+    return drawn
