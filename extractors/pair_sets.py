@@ -157,6 +157,7 @@ def _cells(finest: list[tuple[str, str]]) -> list[Cell]:
 def _records(data: ProbeData, events: Integers, device: str) -> Records:
     """The records of some events, in their order."""
     examples = data.example[events]
+    distinct, row = np.unique(examples, return_inverse=True)
     lengths = data.lengths[examples]
     longest = int(lengths.max())
     place = np.full(data.events, -1)
@@ -169,6 +170,8 @@ def _records(data: ProbeData, events: Integers, device: str) -> Records:
         roles[role] = torch.from_numpy(held).to(device)
     return Records(
         torch.from_numpy(data.tokens[examples, :longest]).to(device),
+        torch.from_numpy(data.tokens[distinct, :longest]).to(device),
+        torch.from_numpy(row).to(device),
         torch.from_numpy(lengths).to(device),
         torch.from_numpy(data.prediction[events]).to(device),
         event_choices(data, events, device),

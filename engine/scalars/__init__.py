@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -41,6 +41,10 @@ class Records:
 
     tokens: Tensor
     """`Int[pair, position]`, right-padded with any token of the vocabulary."""
+    distinct: Tensor
+    """`Int[record, position]`: the same without repeats; many pairs ask different questions of one record."""
+    row: Tensor
+    """`Int[pair]`: the pair's row among the distinct records."""
     length: Tensor
     """`Int[pair]`: tokens before the padding."""
     prediction: Tensor
@@ -100,13 +104,50 @@ class Pairs:
         return len(self.transfer)
 
 
+class PairPass:
+    """A forward pass over distinct records, as one over pairs: what is asked for is repeated when it is asked for."""
+
+    def __init__(self, passed: ForwardPass, row: Tensor) -> None:
+        self._row = row
+        self.stages: Mapping[str, Tensor] = _Repeated(passed.stages, row)
+        """Stage name to `Float[pair, position, d_model]`."""
+        self.queries: Mapping[int, Tensor] = _Repeated(dict(enumerate(passed.queries)), row)
+        """Layer to `Float[pair, head, position, d_head]`, biases in, not yet scaled; `keys` and `values` alike."""
+        self.keys: Mapping[int, Tensor] = _Repeated(dict(enumerate(passed.keys)), row)
+        self.values: Mapping[int, Tensor] = _Repeated(dict(enumerate(passed.values)), row)
+
+    @property
+    def final(self) -> Tensor:
+        """Stage final_norm, `Float[pair, position, d_model]`."""
+        return self.stages["final_norm"]
+
+
+_Key = TypeVar("_Key")
+
+
+class _Repeated(Mapping[_Key, Tensor]):
+    """Tensors by name, their rows repeated on access."""
+
+    def __init__(self, held: Mapping[_Key, Tensor], row: Tensor) -> None:
+        self._held, self._row = held, row
+
+    def __getitem__(self, key: _Key) -> Tensor:
+        return self._held[key].index_select(0, self._row)
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
 @dataclass(frozen=True)
 class Passes:
     """The model of one step and what it did on the pairs: residual stages, queries, keys and values captured."""
 
     model: Model
     pairs: Pairs
-    of: Mapping[str, ForwardPass]
+    of: Mapping[str, PairPass]
     """By side."""
 
 
@@ -162,7 +203,7 @@ class Scalar(BaseModel, ABC):
     def evaluate(self, passes: Passes, basis: Basis, frozen: Mapping[str, Tensor]) -> Evaluation:
         """The scalar at the weights of `passes`, with `basis` and `frozen` of the source."""
 
-    def on(self, passes: Passes, side: str) -> tuple[Records, ForwardPass]:
+    def on(self, passes: Passes, side: str) -> tuple[Records, PairPass]:
         """Records and forward pass of a side."""
         return passes.pairs.sides[side], passes.of[side]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..forward import Model
-from . import Basis, Evaluation, Pairs, Passes, Scalar, ScalarError
+from . import Basis, Evaluation, PairPass, Pairs, Passes, Scalar, ScalarError
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def measure(
                 model,
                 batch.pairs,
                 {
-                    side: model.forward(records.tokens, capture=("stages", "attention"))
+                    side: PairPass(
+                        model.forward(records.distinct, capture=("stages", "attention")), records.row
+                    )
                     for side, records in batch.pairs.sides.items()
                 },
             )
