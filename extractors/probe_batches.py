@@ -212,7 +212,8 @@ def make_batches(
     device: str = "cpu",
     batch_size: int | None = None,
 ) -> ProbeBatches:
-    """Cuts a probe into batches of about `batch_size` tokens, in record order or, where lengths differ much, by length."""
+    """Cuts a probe into batches of about `batch_size` tokens, in record order or, where lengths differ much, by length; each
+    ends with the last position that an event, a query role or a layout needs."""
     wanted = batch_size or DEFAULT_BATCH_SIZE
     size = max(1, min(wanted, _MOST_LOGITS // model.vocabulary_size))
     groups = _groups(data.lengths, size)
@@ -313,18 +314,26 @@ def _batch(
     layouts: Sequence[str],
     device: str,
 ) -> Batch:
-    length = int(data.lengths[examples].max())
     place = np.full(len(data.lengths), -1)
     place[examples] = np.arange(len(examples))
     events = np.flatnonzero(place[data.example] >= 0)
     events = events[np.argsort(place[data.example[events]], kind="stable")]
     row = torch.from_numpy(place[data.example[events]]).to(device)
 
-    def places(layout: str) -> Tensor:
+    def held(layout: str) -> tuple[Integers, Integers]:
         example, position = data.layouts[layout]
-        held = np.flatnonzero(place[example] >= 0)
-        held = held[np.argsort(place[example[held]], kind="stable")]
-        return torch.from_numpy(place[example[held]] * length + position[held]).to(device)
+        kept = np.flatnonzero(place[example] >= 0)
+        kept = kept[np.argsort(place[example[kept]], kind="stable")]
+        return place[example[kept]], position[kept]
+
+    kept = {layout: held(layout) for layout in layouts}
+    asked = [
+        data.prediction[events],
+        *(table.position[events] for table in roles.values()),
+        *(position for _, position in kept.values()),
+    ]
+    # Nothing before the last position that is asked for sees what stands after it.
+    length = 1 + max(int(positions.max(initial=0)) for positions in asked)
 
     return Batch(
         torch.from_numpy(data.tokens[examples, :length]).to(device),
@@ -332,7 +341,10 @@ def _batch(
         torch.from_numpy(data.prediction[events]).to(device),
         event_choices(data, events, device),
         {name: table.queries(events, row, len(examples), length) for name, table in roles.items()},
-        {layout: places(layout) for layout in layouts},
+        {
+            layout: torch.from_numpy(at * length + position).to(device)
+            for layout, (at, position) in kept.items()
+        },
     )
 
 

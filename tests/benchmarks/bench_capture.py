@@ -73,10 +73,10 @@ def build(path: Path, examples_per_split: int = 96) -> None:
 
 
 def bare_forward(lake: Lake) -> tuple[Callable[[], None], int, int]:
-    """One bare pass over the probe in the batches of the extraction; its events and token positions."""
+    """One bare pass over the probe's whole records, cut into batches as for the extraction; its events and positions."""
     context = Context(lake, RUN)
     model = context.adapter().load_model(StateReader(lake, RUN).read(0).weights)
-    batches = make_batches(load_probe(lake, RUN, "probe"), model, [], [])
+    batches = make_batches(load_probe(lake, RUN, "probe"), model, [], ["all"])
 
     @torch.no_grad()
     def run() -> None:

@@ -325,6 +325,14 @@ def test_batches_keep_records_in_order_unless_padding_costs(probed):
     )
     batches = make_batches(data, model, ["prediction"], ["roles"], batch_size=200)
     assert sum(len(batch.row) for batch in batches.batches) == data.events
+    for batch in batches.batches:
+        last = max(int(batch.position.max()), int((batch.places["roles"] % batch.tokens.shape[1]).max()))
+        assert batch.tokens.shape[1] == last + 1
+    whole = make_batches(data, model, [], ["all"], batch_size=200)
+    assert sum(int((batch.tokens > 0).sum()) for batch in whole.batches) == int((data.tokens > 0).sum())
+    assert sum(batch.tokens.numel() for batch in batches.batches) < sum(
+        batch.tokens.numel() for batch in whole.batches
+    )
 
 
 def test_anchors_of_the_formation_run_before_training(tmp_path):
