@@ -93,7 +93,7 @@ def _reports() -> list[Any]:
 
 def _extract(lake: Any, bars: Any) -> None:
     from ..extractors.plan import extract
-    from ..lake.datasets import SVD
+    from ..lake.datasets import MOMENTS, SVD, WEIGHTS
     from ..lake.names import canonical_json
 
     needs = {
@@ -109,6 +109,9 @@ def _extract(lake: Any, bars: Any) -> None:
     of_passes = [need for need in needs.values() if need not in of_weights]
     extract(lake, RUN, of_weights, f"0:{last}:{stride},last", progress=bars)
     extract(lake, RUN, of_passes, f"0:{last}:{2 * stride},last", progress=bars)
+    # Reports about single updates take a step and the next one: these, with those above.
+    states = [need for need in needs.values() if need.dataset in (WEIGHTS, MOMENTS)]
+    extract(lake, RUN, states, f"1:{last}:{2 * stride}", progress=bars)
 
 
 def _run_reports(lake: Any, out: Path, bars: Any) -> dict[str, dict[str, Any]]:

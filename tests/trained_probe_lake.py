@@ -21,9 +21,11 @@ from lakebed.lake.datasets import (
     DEFAULT_PROBE,
     HEAD_WRITES,
     INTERVENTIONS,
+    MOMENTS,
     QK_COORDINATES,
     READOUTS,
     SVD,
+    WEIGHTS,
     Need,
 )
 
@@ -87,6 +89,7 @@ def build(folder: Path) -> Path:
 
 
 def extract_all(path: Path) -> None:
-    """Every dataset of forward passes, and svd, at STEPS."""
+    """Every dataset of forward passes, and svd, at STEPS; weights and moments of two updates."""
     with Lake.open(path) as lake:
         extract(lake, RUN, NEEDS, ",".join(map(str, STEPS)))
+        extract(lake, RUN, (Need(WEIGHTS), Need(MOMENTS)), "50:52")
