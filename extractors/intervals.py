@@ -4,8 +4,10 @@ interval and the source of the next."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -59,18 +61,19 @@ class Intervals:
         last_use = dict(self._ends)  # of several targets the last, since they are in order
         steps = {step for ends in self._ends for step in ends}
         sources: dict[int, Source] = {}
-        for state in self._reader.iterate(steps, moments=bool(recorded)):
-            update = next(updates) if state.step in recorded else None
-            closing = [sources[source] for source, target in self._ends if target == state.step]
-            here = self._at(state, closing, state.step in last_use)
-            reached = {name: weight.detach() for name, weight in here.weights.items()}
-            for source in closing:
-                held = update if source.step == state.step - 1 else None
-                interval = Interval(source, state.step, reached, held, self._sums)
-                self._write(interval, here, commit)
-                progress.advance(note=f"steps {source.step} to {state.step}")
-            sources[state.step] = here
-            sources = {step: of for step, of in sources.items() if last_use.get(step, -1) > state.step}
+        with _OneAhead() as background:
+            for state in self._reader.iterate(steps, moments=bool(recorded)):
+                update = next(updates) if state.step in recorded else None
+                closing = [sources[source] for source, target in self._ends if target == state.step]
+                here = self._at(state, closing, state.step in last_use)
+                reached = {name: weight.detach() for name, weight in here.weights.items()}
+                for source in closing:
+                    held = update if source.step == state.step - 1 else None
+                    interval = Interval(source, state.step, reached, held, self._sums)
+                    self._attribute(interval, here)
+                    background.do(partial(self._write, interval, commit, progress))
+                sources[state.step] = here
+                sources = {step: of for step, of in sources.items() if last_use.get(step, -1) > state.step}
 
     def _at(self, state: State, closing: Sequence[Source], opening: bool) -> Source:
         """Puts the pairs through the model of one step: as the target of open intervals, and as the source of new ones."""
@@ -103,7 +106,8 @@ class Intervals:
             data.require_fit(model)
         measure(model, weights, group.batches, tasks)
 
-    def _write(self, interval: Interval, target: Source, commit: Commit) -> None:
+    def _attribute(self, interval: Interval, target: Source) -> None:
+        """Puts together what happened to every scalar."""
         ends = (interval.source_step, interval.target_step)
         for group in self._groups:
             due = [of for of in group.work if ends in of.missing]
@@ -116,9 +120,14 @@ class Intervals:
                 interval.changes[of.key] = Change(
                     group.pairs, source, target.targets[ends[0], of.key], gradients
                 )
+
+    def _write(self, interval: Interval, commit: Commit, progress: Progress) -> None:
+        """Splits the update, multiplies, and commits every dataset that lacks the interval."""
+        ends = (interval.source_step, interval.target_step)
         for work in self._work:
             if ends in work.missing:
                 commit(work.extractor, ends, partial(work.extractor.write, self._context, interval=interval))
+        progress.advance(note=f"steps {ends[0]} to {ends[1]}")
 
     def _along_the_path(
         self, interval: Interval, group: _Group, due: Sequence[_Scalar]
@@ -147,6 +156,44 @@ class Intervals:
                     for name, of in group.cell_means(task).items():
                         mean[name] = mean[name].add_(of, alpha=share) if name in mean else of * share
         return found
+
+
+class _OneAhead:
+    """One job in the background while the next is prepared: splitting an update and writing it takes as long as a pass.
+
+    Its thread computes on one core, and leaves the others to the passes: what it does is made of small pieces, for which
+    threads that wait for each other are slower than one, as soon as anything else runs.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "lakebed-attributions")
+        self._running: Future[None] | None = None
+        self._threads = torch.get_num_threads()
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Starts a job when the one before is done; raises what went wrong there."""
+        self._wait()
+        self._running = self._pool.submit(job)
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def __enter__(self) -> _OneAhead:
+        self._pool.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(max(1, self._threads - 1))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown()
+            torch.set_num_threads(self._threads)
 
 
 @dataclass(frozen=True)
