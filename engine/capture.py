@@ -225,7 +225,7 @@ class Capture:
         # [stage, event, d_model]
         residual = torch.stack([x.index_select(0, kept.events) for x in passed.stages.values()])
         gradient = readout_gradient(model, residual[-2], batch.choices, own)
-        _require_margin(gradient, own)
+        require_margin(gradient, own)
         if request.readouts:
             read = stage_readouts(model, residual[:-1], batch.choices)
             # The final stage unembedded is the model's own output.
@@ -259,7 +259,8 @@ class Capture:
         return captured
 
 
-def _require_margin(gradient: ReadoutGradient, own: Readout) -> None:
+def require_margin(gradient: ReadoutGradient, own: Readout) -> None:
+    """Raises CaptureError where the margin read off the last stage is not the model's own, `Float[event]` each."""
     expected = own.value_margin
     difference = (gradient.margin - expected).abs()
     allowed = MARGIN_TOLERANCE * (1 + expected.abs())
