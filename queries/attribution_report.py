@@ -13,6 +13,7 @@ from ..lake.names import canonical_json, spec_id
 from .attribution_sql import DECOMPOSITION, PRELUDE
 from .pair_selection import PairOptions, RecordSide
 from .probe_report import HeadReport, ProbeReport, require_roles, require_stages
+from .separation_sql import QK_RANKS, SEPARATIONS
 
 if TYPE_CHECKING:
     from ..lake import Lake
@@ -37,10 +38,9 @@ ARITHMETIC = (
 class AttributionReport(PairOptions):
     """Base of reports on what updates did to scalars of causal patch pairs.
 
-    Its SQL begins with the views of `attribution_sql`. `scalars` says what is attributed.
+    Its SQL begins with the views of `attribution_sql`, then the `more_views` of each of its bases. `scalars` says what is
+    attributed.
     """
-
-    more_views: ClassVar[str] = ""
 
     min_error_denominator: float = Field(1e-9, gt=0, description="smallest denominator of a relative error")
 
@@ -94,7 +94,8 @@ class AttributionReport(PairOptions):
     def sql_text(cls) -> str:
         """The pairs' views, the shared ones, then those of the report."""
         own = super(ProbeReport, cls).sql_text()
-        return f"{super().sql_text().removesuffix(own)}{PRELUDE}\n{cls.more_views}\n{own}"
+        views = [vars(base)["more_views"] for base in reversed(cls.__mro__) if "more_views" in vars(base)]
+        return "\n".join([f"{super().sql_text().removesuffix(own)}{PRELUDE}", *views, own])
 
 
 class DecomposedReport(AttributionReport):
@@ -154,7 +155,9 @@ class SeparationOptions(HeadReport):
 
 
 class QKRankOptions(SeparationOptions):
-    """Options of reports on the rank-r QK separation of one head (definitions 3 §A)."""
+    """Options of reports on the rank-r QK separation of one head (definitions 3 §A), and the views they share."""
+
+    more_views: ClassVar[str] = f"{QK_RANKS}\n{SEPARATIONS}"
 
     rank: tuple[int, ...] = Field(
         ..., min_length=1, description="singular directions of W_QK that the score is cut to"

@@ -1,25 +1,3 @@
--- view: labels
-SELECT
-  spec, (scalar_parameters->>'$.rank')::INTEGER AS rank,
-  list_position($rank, (scalar_parameters->>'$.rank')::INTEGER) AS position,
-  'rank ' || (scalar_parameters->>'$.rank') AS label
-FROM attributed_scalars
-
--- The spectrum that the basis was cut from, at the source.
--- view: spectra
-SELECT
-  b.spec, b.source_step, b.target_step,
-  b.singular_values[1] AS qk_singular_value_top,
-  list_sum(b.singular_values) AS qk_singular_value_sum,
-  list_sum(b.singular_values[1:s.rank]) AS qk_singular_value_rank_sum,
-  list_sum(b.singular_values[1:s.rank]) / list_sum(b.singular_values) AS qk_singular_value_rank_fraction,
-  list_min(list_transform(range(1, len(b.singular_values)), lambda i: b.singular_values[i] - b.singular_values[i + 1]))
-    AS qk_singular_value_min_gap
-FROM scalar_bases AS b
-JOIN labels AS s USING (spec)
-JOIN intervals AS i USING (source_step, target_step)
-WHERE b.run = $run
-
 -- rows: metric_rows
 SELECT
   t.source_step, t.target_step, t.step_gap, t.source_checkpoint, t.target_checkpoint, t.trace_learning_rate AS learning_rate,
@@ -28,8 +6,8 @@ SELECT
   $distractor_key_role AS distractor_key_role, $record_side[1] AS record_side,
   l.rank, $context_stage AS context_stage, $layernorm_mode AS layernorm_mode,
   o.pair_type AS route_pair_type, o.split AS route_split, o.num_pairs,
-  $loss_scope AS loss_scope, t.trace_loss AS loss, t.recorded_step AS optimizer_trace_batch_step,
-  t.actual_batch_sample_count, t.query_event_count AS actual_batch_query_event_count,
+  $loss_scope AS loss_scope, b.loss, b.loss_num_records, b.loss_num_tokens, b.loss_delta_vs_optimizer_trace,
+  b.optimizer_trace_dir, b.optimizer_trace_batch_step, b.actual_batch_sample_count, b.actual_batch_query_event_count,
   o.source_value AS source_rank_match_score, o.target_value AS target_rank_match_score,
   o.actual_delta AS actual_rank_match_delta,
   o.predicted_delta AS actual_update_predicted_rank_match_delta,
@@ -50,6 +28,7 @@ SELECT
 FROM objective AS o
 JOIN labels AS l USING (spec)
 JOIN traced_steps AS t USING (source_step, target_step)
+JOIN actual_batches AS b USING (source_step, target_step)
 JOIN global_components AS g USING (spec, source_step, target_step)
 JOIN reconstructions AS r USING (spec, source_step, target_step)
 JOIN spectra AS p USING (spec, source_step, target_step)

@@ -1,31 +1,3 @@
--- One scalar per record side and rank.
--- view: rank_scalars
-SELECT spec, scalar_parameters->>'$.record_side' AS record_side, (scalar_parameters->>'$.rank')::INTEGER AS rank
-FROM attributed_scalars
-
--- The spectrum that the basis was cut from, at the source.
--- view: spectra
-SELECT
-  b.spec, b.source_step, b.target_step,
-  b.singular_values[1] AS qk_singular_value_top,
-  list_sum(b.singular_values) AS qk_singular_value_sum,
-  list_sum(b.singular_values[1:s.rank]) AS qk_singular_value_rank_sum,
-  list_sum(b.singular_values[1:s.rank]) / list_sum(b.singular_values) AS qk_singular_value_rank_fraction,
-  list_min(list_transform(range(1, len(b.singular_values)), lambda i: b.singular_values[i] - b.singular_values[i + 1]))
-    AS qk_singular_value_min_gap
-FROM scalar_bases AS b
-JOIN rank_scalars AS s USING (spec)
-JOIN intervals AS i USING (source_step, target_step)
-WHERE b.run = $run
-
--- What goes with the separation, by interval and cell.
--- view: companions
-PIVOT (SELECT * FROM cell_changes WHERE quantity <> 'value')
-ON quantity IN ('support_score_mean', 'distractor_score_mean', 'max_margin', 'support_beats_all', 'support_scores',
-  'distractor_scores')
-USING any_value(actual_delta) AS delta, any_value(source_sum) AS source_sum
-GROUP BY spec, source_step, target_step, split, pair_type
-
 -- rows: metric_rows
 SELECT
   i.source_step, i.target_step, i.step_gap, i.source_checkpoint, i.target_checkpoint, i.learning_rate,
@@ -37,12 +9,8 @@ SELECT
   m.predicted_delta, m.residual, m.absolute_error, m.relative_error, m.predicted_relative_error,
   m.relative_error_denominator, m.predicted_relative_error_denominator, m.sign_match,
   m.integrated_delta, m.integrated_relative_error, m.predicted_delta_counting_aliases,
-  c.support_score_mean_delta AS support_delta_mean, c.distractor_score_mean_delta AS distractor_delta_mean,
-  c.max_margin_delta AS max_margin_delta_mean, c.support_beats_all_delta AS support_beats_all_delta_mean,
-  m.num_pairs,
-  (c.support_scores_source_sum + c.distractor_scores_source_sum)::BIGINT AS num_scores,
-  c.support_scores_source_sum::BIGINT AS num_support_scores,
-  c.distractor_scores_source_sum::BIGINT AS num_distractor_scores,
+  c.support_delta_mean, c.distractor_delta_mean, c.max_margin_delta_mean, c.support_beats_all_delta_mean,
+  m.num_pairs, c.num_scores, c.num_support_scores, c.num_distractor_scores,
   m.parameter_delta_l2_norm, m.gradient_l2_norm AS score_gradient_l2_norm,
   m.update_gradient_cosine AS update_score_gradient_cosine, m.num_parameters,
   m.zero_gradient_parameter_count AS zero_score_gradient_parameter_count,
@@ -50,9 +18,9 @@ SELECT
   p.* EXCLUDE (spec, source_step, target_step)
 FROM metrics AS m
 JOIN intervals AS i USING (source_step, target_step)
-JOIN rank_scalars AS s USING (spec)
+JOIN labels AS s USING (spec)
 JOIN spectra AS p USING (spec, source_step, target_step)
-JOIN companions AS c USING (spec, source_step, target_step, split, pair_type)
+JOIN cell_separations AS c USING (spec, source_step, target_step, split, pair_type)
 ORDER BY i.source_step, s.rank, list_position($record_side, s.record_side), m.split, m.pair_type
 
 -- rows: decomposition_rows
@@ -72,7 +40,7 @@ SELECT
   m.relative_error AS global_relative_error
 FROM metrics AS m
 JOIN intervals AS i USING (source_step, target_step)
-JOIN rank_scalars AS s USING (spec)
+JOIN labels AS s USING (spec)
 JOIN group_contributions AS d ON d.spec = m.spec AND d.source_step = m.source_step AND d.target_step = m.target_step
   AND d.split = m.stored_split AND d.pair_type = m.stored_pair_type
 JOIN groups AS g USING (group_id)
@@ -81,20 +49,16 @@ ORDER BY i.source_step, s.rank, list_position($record_side, s.record_side), m.sp
 -- rows: score_rows
 SELECT
   v.source_step, v.target_step, s.rank, s.record_side, v.split, v.pair_type, v.pair_id,
-  any_value(v.source_value) FILTER (v.quantity = 'value') AS source_rank_match_separation,
-  any_value(v.target_value) FILTER (v.quantity = 'value') AS target_rank_match_separation,
-  any_value(v.actual_delta) FILTER (v.quantity = 'value') AS rank_match_separation_delta,
-  any_value(v.source_value) FILTER (v.quantity = 'support_score_mean') AS source_support_score_mean,
-  any_value(v.target_value) FILTER (v.quantity = 'support_score_mean') AS target_support_score_mean,
-  any_value(v.source_value) FILTER (v.quantity = 'distractor_score_mean') AS source_distractor_score_mean,
-  any_value(v.target_value) FILTER (v.quantity = 'distractor_score_mean') AS target_distractor_score_mean,
-  any_value(v.source_value) FILTER (v.quantity = 'max_margin') AS source_rank_match_max_margin,
-  any_value(v.target_value) FILTER (v.quantity = 'max_margin') AS target_rank_match_max_margin,
-  any_value(v.source_value) FILTER (v.quantity = 'support_beats_all') = 1 AS source_support_beats_all_distractors,
-  any_value(v.target_value) FILTER (v.quantity = 'support_beats_all') = 1 AS target_support_beats_all_distractors
-FROM pair_changes AS v
-JOIN rank_scalars AS s USING (spec)
-GROUP BY v.source_step, v.target_step, s.rank, s.record_side, v.split, v.pair_type, v.pair_id
+  v.value_source AS source_rank_match_separation, v.value_target AS target_rank_match_separation,
+  v.value_target - v.value_source AS rank_match_separation_delta,
+  v.support_score_mean_source AS source_support_score_mean, v.support_score_mean_target AS target_support_score_mean,
+  v.distractor_score_mean_source AS source_distractor_score_mean,
+  v.distractor_score_mean_target AS target_distractor_score_mean,
+  v.max_margin_source AS source_rank_match_max_margin, v.max_margin_target AS target_rank_match_max_margin,
+  v.support_beats_all_source = 1 AS source_support_beats_all_distractors,
+  v.support_beats_all_target = 1 AS target_support_beats_all_distractors
+FROM pair_separations AS v
+JOIN labels AS s USING (spec)
 ORDER BY v.source_step, s.rank, list_position($record_side, s.record_side), v.pair_id
 
 -- rows: group_rows

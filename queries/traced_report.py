@@ -51,7 +51,8 @@ SELECT
   list_sort(list_distinct((f.groups::JSON->>'$[*].eps')::DOUBLE[])) AS adam_eps_values,
   list_sort(list_distinct((f.groups::JSON->>'$[*].beta1')::DOUBLE[])) AS adam_beta1_values,
   list_sort(list_distinct((f.groups::JSON->>'$[*].beta2')::DOUBLE[])) AS adam_beta2_values,
-  list_sort(list_distinct((f.groups::JSON->>'$[*].weight_decay')::DOUBLE[])) AS adam_weight_decay_values
+  list_sort(list_distinct((f.groups::JSON->>'$[*].weight_decay')::DOUBLE[])) AS adam_weight_decay_values,
+  list_sort(list_distinct((f.groups::JSON->>'$[*].learning_rate')::DOUBLE[])) AS learning_rates
 FROM intervals AS i
 JOIN filled AS f ON f.step = i.target_step
 
@@ -62,6 +63,7 @@ SELECT
   sqrt(fsum(u.gradient_l2 ** 2)) AS raw_gradient_l2_norm,
   sqrt(fsum(u.clipped_gradient_l2 ** 2)) AS clipped_gradient_l2_norm,
   fsum(u.update_dot_negative_gradient) AS negative_loss_dot_actual_update,
+  sqrt(fsum(u.delta_l2 ** 2)) AS optimizer_trace_parameter_delta_l2,
   min(u.optimizer_step) - 1 AS adam_state_step_min,
   max(u.optimizer_step) - 1 AS adam_state_step_max
 FROM parameter_updates AS u
@@ -86,6 +88,29 @@ LEFT JOIN optimizer_settings AS o USING (source_step)
 LEFT JOIN training_batches AS b ON b.run = $run AND b.step = i.target_step
 LEFT JOIN training_steps AS before ON before.run = $run AND before.step = i.source_step
 ORDER BY i.source_step
+
+-- The batch of every recorded step, and what training logged of it. The loss is the logged one; it is not computed again,
+-- so there is nothing to hold it against. A record of n tokens has n - 1 next tokens.
+-- view: actual_batches
+WITH counted AS (
+  SELECT b.step, sum(len(e.tokens) - 1)::BIGINT AS loss_num_tokens
+  FROM (
+    SELECT step, split, unnest(sample_ids) AS sample_id FROM training_batches
+    WHERE run = $run AND step IN (SELECT recorded_step FROM intervals)
+  ) AS b
+  JOIN examples AS e ON e.run = $run AND e.split = b.split AND e.sample_id = b.sample_id
+  GROUP BY b.step
+)
+SELECT
+  t.source_step, t.target_step, t.trace_loss AS loss, t.batch_size AS loss_num_records, c.loss_num_tokens,
+  $lake AS optimizer_trace_dir, t.recorded_step AS optimizer_trace_batch_step, t.trace_loss AS optimizer_trace_loss,
+  t.trace_token_accuracy AS optimizer_trace_token_accuracy, s.optimizer_trace_parameter_delta_l2,
+  t.pre_clip_grad_norm AS optimizer_trace_pre_clip_grad_norm, NULL::DOUBLE AS loss_delta_vs_optimizer_trace,
+  t.actual_batch_sample_count, t.query_event_count AS actual_batch_query_event_count, t.actual_batch_unique_sample_count
+FROM traced_steps AS t
+LEFT JOIN step_sums AS s USING (target_step)
+LEFT JOIN counted AS c ON c.step = t.recorded_step
+ORDER BY t.source_step
 
 -- The one cell of pairs the report is about.
 -- view: objective
@@ -251,23 +276,7 @@ def _check_norms(results: Results, name: str, tolerance: float) -> None:
         )
 
 
-SUMMARY = f"""\
--- Sums over the window, by scalar and component; a share's denominator stands beside it.
--- view: component_summary
-SELECT
-  s.label, c.component,
-  fsum(c.component_delta) AS sum_delta,
-  fsum(c.component_delta) / nullif(fsum(o.actual_delta), 0) AS share_of_actual,
-  fsum(c.component_delta) / nullif(fsum(c.actual_update_predicted_delta), 0) AS share_of_first_order,
-  favg(c.component_gradient_cosine) AS mean_cosine,
-  favg(c.component_l2_norm) AS mean_l2_norm
-FROM components AS c
-JOIN objective AS o USING (spec, source_step, target_step)
-JOIN labels AS s USING (spec)
-WHERE c.group_id = 'global:all_named_parameters'
-GROUP BY s.label, s.position, c.component
-ORDER BY s.position, list_position([{", ".join(repr(name) for name in COMPONENTS)}], c.component)
-
+SCALAR_SUMMARY = """\
 -- By scalar.
 -- view: scalar_summary
 SELECT
@@ -288,7 +297,26 @@ JOIN reconstructions AS r USING (spec, source_step, target_step)
 JOIN traced_steps AS t USING (source_step, target_step)
 GROUP BY s.label, s.position
 ORDER BY s.position
+"""
 
+SUMMARY = f"""\
+-- Sums over the window, by scalar and component; a share's denominator stands beside it.
+-- view: component_summary
+SELECT
+  s.label, c.component,
+  fsum(c.component_delta) AS sum_delta,
+  fsum(c.component_delta) / nullif(fsum(o.actual_delta), 0) AS share_of_actual,
+  fsum(c.component_delta) / nullif(fsum(c.actual_update_predicted_delta), 0) AS share_of_first_order,
+  favg(c.component_gradient_cosine) AS mean_cosine,
+  favg(c.component_l2_norm) AS mean_l2_norm
+FROM components AS c
+JOIN objective AS o USING (spec, source_step, target_step)
+JOIN labels AS s USING (spec)
+WHERE c.group_id = 'global:all_named_parameters'
+GROUP BY s.label, s.position, c.component
+ORDER BY s.position, list_position([{", ".join(repr(name) for name in COMPONENTS)}], c.component)
+
+{SCALAR_SUMMARY}
 -- Running sums of the terms that add up, and of the actual change.
 -- view: ledger
 WITH each AS (
