@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,15 @@ class Cell:
 class PairSet:
     """Pairs in the order they go through the model: finest cell by finest cell (split, pair type)."""
 
-    def __init__(self, selection: PairSelection, rows: list[dict[str, Any]], vocabulary: list[str]) -> None:
+    def __init__(
+        self,
+        selection: PairSelection,
+        rows: list[dict[str, Any]],
+        vocabulary: list[str],
+        token_classes: Mapping[str, list[int]],
+    ) -> None:
         self.selection = selection
+        self.token_classes = {name: torch.tensor(tokens) for name, tokens in token_classes.items() if tokens}
         finest = sorted({(row["split"], row["pair_type"]) for row in rows})
         place = {of: at for at, of in enumerate(finest)}
         rows = sorted(rows, key=lambda row: (place[row["split"], row["pair_type"]], row["clean_event"]))
@@ -81,6 +88,7 @@ class PairSet:
     def batches(self, probes: dict[str, ProbeData], device: str) -> list[PairBatch]:
         """Batches of about 8,192 tokens, each of one finest cell, with the records of the sides in `probes`."""
         made = []
+        classes = {name: tokens.to(device) for name, tokens in self.token_classes.items()}
         for cell in range(int(self.finest.max()) + 1):
             held = np.flatnonzero(self.finest == cell)
             longest = max(
@@ -93,7 +101,7 @@ class PairSet:
                 sides = {
                     side: _records(data, self.events[side][part], device) for side, data in probes.items()
                 }
-                made.append(PairBatch(Pairs(sides, self.transfer[part].to(device)), cell))
+                made.append(PairBatch(Pairs(sides, self.transfer[part].to(device), classes), cell))
         return made
 
 
@@ -124,12 +132,12 @@ def load_pairs(context: Context, selection: PairSelection, sides: Iterable[str])
             f"probe {selection.probe!r} of run {context.run!r} keeps no corrupted record for {lost} of {len(rows)} pairs: "
             "lower --max-pairs-per-type, or build a probe with a larger one"
         )
-    (vocabulary,) = session.execute(
-        "SELECT vocabulary FROM probes WHERE run = ? AND probe = ?",
+    vocabulary, keys, values = session.execute(
+        "SELECT vocabulary, key_tokens, value_tokens FROM probes WHERE run = ? AND probe = ?",
         [context.run, selection.probe],
         tables={"probes"},
     ).fetchall()[0]
-    return PairSet(selection, rows, list(vocabulary or ()))
+    return PairSet(selection, rows, list(vocabulary or ()), {"key": keys, "value": values})
 
 
 def side_probe(probe: str, side: str) -> str:

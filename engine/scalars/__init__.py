@@ -80,6 +80,23 @@ class Records:
             )
         return held
 
+    def patch_positions(self, role: str) -> Tensor:
+        """`Bool[pair, position]`: where a role is patched: all of it, at least one position, none after the prediction.
+
+        Raises ScalarError (definitions 2 §A3, the intervention resolver).
+        """
+        held = self._role(role)
+        after = held & (torch.arange(held.shape[1], device=held.device) > self.prediction[:, None])
+        if bool(after.any()):
+            raise ScalarError(
+                f"Intervention positions must be in the causal prefix: role {role!r} lies after the prediction in "
+                f"{int(after.any(-1).sum())} of {len(held)} pairs"
+            )
+        if bool((~held.any(-1)).any()):
+            missing = int((~held.any(-1)).sum())
+            raise ScalarError(f"role {role!r} has no position to patch in {missing} of {len(held)} pairs")
+        return held
+
     def _role(self, role: str) -> Tensor:
         if role == "causal_prefix":
             place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
@@ -97,6 +114,8 @@ class Pairs:
     """The sides somebody wants."""
     transfer: Tensor
     """`Int[pair, 2]`: tokens that the change takes from the clean record and gives to the corrupted one."""
+    token_classes: Mapping[str, Tensor] = field(default_factory=dict)
+    """Class of tokens of the task (key, value) to its `Int[token]` ids; empty where the task has none."""
 
     @property
     def count(self) -> int:
@@ -108,7 +127,8 @@ class PairPass:
     """A forward pass over distinct records, as one over pairs: what is asked for is repeated when it is asked for."""
 
     def __init__(self, passed: ForwardPass, row: Tensor) -> None:
-        self._row = row
+        self.distinct = passed
+        """The pass itself, a row per distinct record."""
         self.stages: Mapping[str, Tensor] = _Repeated(passed.stages, row)
         """Stage name to `Float[pair, position, d_model]`."""
         self.queries: Mapping[int, Tensor] = _Repeated(dict(enumerate(passed.queries)), row)
@@ -191,8 +211,8 @@ class Scalar(BaseModel, ABC):
     def check(self, model: Model) -> None:
         """Raises ScalarError, naming what there is, for a head, stage or rank that the model does not have."""
 
-    def basis(self, model: Model) -> Basis:
-        """What is frozen and follows from the weights alone; detached."""
+    def basis(self, model: Model, token_classes: Mapping[str, Tensor]) -> Basis:
+        """What is frozen and follows from the weights alone; detached. `token_classes` as those of `Pairs`."""
         return Basis()
 
     def freeze(self, passes: Passes, basis: Basis) -> Mapping[str, Tensor]:

@@ -86,7 +86,7 @@ def measure(
     for task in tasks:
         task.scalar.check(model)
         if task.frozen is None:
-            task.frozen = Frozen(task.scalar.basis(model))
+            task.frozen = Frozen(task.scalar.basis(model, batches[0].pairs.token_classes))
     differentiating = [task for task in tasks if task.cells]
     for number, batch in enumerate(batches):
         with torch.set_grad_enabled(bool(differentiating)):

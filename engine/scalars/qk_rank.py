@@ -58,7 +58,7 @@ class QKRankSeparation(SeparationRoles, Scalar):
                 f"rank {self.rank} exceeds the width of a head, {model.d_head}: W_QK has no more"
             )
 
-    def basis(self, model: Model) -> Basis:
+    def basis(self, model: Model, token_classes: Mapping[str, Tensor]) -> Basis:
         """Left and right singular vectors, `Float[d_model, rank]`, and the whole spectrum, by float64 SVD."""
         W_Q, W_K = (model.head_weights[name][self.head_of].detach().double().cpu() for name in ("W_Q", "W_K"))
         found = product_svd(*qk_factors(W_Q, W_K))
