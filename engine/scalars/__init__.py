@@ -28,6 +28,17 @@ SIDES: tuple[Side, ...] = ("clean", "corrupted")
 
 _BUILT_IN = {
     "qk_rank_separation": "lakebed.engine.scalars.qk_rank",
+    "attention_separation": "lakebed.engine.scalars.downstream",
+    "attention_mass_separation": "lakebed.engine.scalars.downstream",
+    "head_answer_logit_dla": "lakebed.engine.scalars.downstream",
+    "head_value_margin_dla": "lakebed.engine.scalars.downstream",
+    "support_ov_value_margin": "lakebed.engine.scalars.downstream",
+    "attended_support_ov_value_margin": "lakebed.engine.scalars.downstream",
+    "support_mass_ov_value_margin": "lakebed.engine.scalars.downstream",
+    "qk_ov_product": "lakebed.engine.scalars.downstream",
+    "head_margin_dla_fixed_readout": "lakebed.engine.scalars.downstream",
+    "answer_margin": "lakebed.engine.scalars.downstream",
+    "negative_answer_loss": "lakebed.engine.scalars.downstream",
 }
 
 
