@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from ..lake import Lake
 from ..lake.datasets import ATTENTION, HEAD_WRITES, READOUTS, Need
 from .chart import Scatter, Trajectory
-from .key_roles import check_key_rule
+from .key_roles import KEY_RULE, check_key_rule
 from .markdown import number, percent
 from .pair_selection import PairOptions, RecordSide
-from .probe_report import HeadReport, require_roles
+from .probe_report import HeadReport, ProbeReport, require_roles
 from .report import ReportFailed, RowFile, TextTable
 from .results import Results
 
@@ -142,10 +142,11 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
             raise ValueError(f"--support-key-role and --distractor-key-role are both {self.support_key_role}")
         return self
 
-    def parameters(self) -> dict[str, Any]:
-        """Adds the roles in play."""
-        roles = {self.score_query_role, self.support_key_role, self.distractor_key_role}
-        return {**super().parameters(), "roles": sorted(roles)}
+    @classmethod
+    def sql_text(cls) -> str:
+        """The key rule of the pairs' records before the report's own sections."""
+        own = super(ProbeReport, cls).sql_text()
+        return f"{super().sql_text().removesuffix(own)}{KEY_RULE}{own}"
 
     def needs(self) -> tuple[Need, ...]:
         """Attention, writes and answers of each record side's probe."""

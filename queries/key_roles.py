@@ -13,6 +13,44 @@ from .report import ReportFailed
 if TYPE_CHECKING:
     from .results import Results
 
+# Of the records in `pair_sides` (see `pair_selection`), by the options score_query_role, support_key_role and
+# distractor_key_role.
+KEY_RULE = """\
+-- Where query, support and distractors of each measured record stand.
+-- view: places
+SELECT
+    p.probe AS side_probe, p.event AS side_event, CASE p.kind WHEN 'partition' THEN 'causal_prefix' ELSE p.role END AS place,
+    p.position
+FROM positions AS p
+JOIN (SELECT DISTINCT side_probe, side_event FROM pair_sides) AS s ON s.side_probe = p.probe AND s.side_event = p.event
+WHERE
+    p.run = $run AND CASE p.kind WHEN 'partition' THEN 'causal_prefix' ELSE p.role END
+      IN ($score_query_role, $support_key_role, $distractor_key_role)
+
+-- The key rule: of support and distractors only the positions up to the query are keys of that query.
+-- view: key_rule
+WITH lists AS (
+    SELECT
+        side_probe, side_event,
+        list(position ORDER BY position) FILTER (place = $score_query_role) AS query_positions,
+        list(position ORDER BY position) FILTER (place = $support_key_role) AS supports,
+        list(position ORDER BY position) FILTER (place = $distractor_key_role) AS distractors
+    FROM places
+    GROUP BY side_probe, side_event
+)
+SELECT
+    s.side_probe, s.side_event, e.sample_id, e.query_index, e.prediction_position,
+    coalesce(l.query_positions, []) AS query_positions,
+    l.query_positions[1] AS query_position,
+    coalesce(list_filter(l.supports, lambda p: p <= l.query_positions[1]), []) AS support_positions,
+    coalesce(list_filter(l.distractors, lambda p: p <= l.query_positions[1]), []) AS distractor_positions
+FROM (SELECT DISTINCT side_probe, side_event FROM pair_sides) AS s
+JOIN events AS e ON e.run = $run AND e.probe = s.side_probe AND e.event = s.side_event
+LEFT JOIN lists AS l ON l.side_probe = s.side_probe AND l.side_event = s.side_event
+ORDER BY s.side_probe, s.side_event
+
+"""
+
 
 def check_key_rule(results: Results, query_role: str, support_role: str, distractor_role: str) -> None:
     """Raises ReportFailed, counting events, unless every event has one query, a support and a distractor.
