@@ -104,8 +104,7 @@ def _identity(name: str, model: Model, token_classes: Mapping[str, Tensor]) -> t
         raise SubspaceError(f"{name} needs two {kind} tokens or more, and the probe names {held}")
     rows = model.unembedding.detach()[tokens.to(model.unembedding.device)].double().cpu()
     found = matrix_svd(rows - rows.mean(0))
-    left, right = align_signs(found.U, found.Vh)
-    return right.mT, found.S, max(rows.shape)
+    return align_signs(found.U, found.Vh)[1].mT, found.S, max(rows.shape)
 
 
 def _of_head(name: str, model: Model, head: tuple[int, int]) -> tuple[Tensor, Tensor, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import formation_lake, trained_probe_lake
+from tests import formation_lake, route_lake, trained_probe_lake
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +21,9 @@ def probe_lake_path(tmp_path_factory) -> Path:
 def formation_lake_path(tmp_path_factory) -> Path:
     """The formation run before its first step, with its probe: read it, do not write it."""
     return formation_lake.build(tmp_path_factory.mktemp("formation"))
+
+
+@pytest.fixture(scope="session")
+def route_lake_path(tmp_path_factory) -> Path:
+    """A short recorded training with a probe and one of training records: read it, do not write it."""
+    return route_lake.build(tmp_path_factory.mktemp("routes"))

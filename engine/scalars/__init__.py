@@ -29,6 +29,8 @@ SIDES: tuple[Side, ...] = ("clean", "corrupted")
 _BUILT_IN = {
     "qk_rank_separation": "lakebed.engine.scalars.qk_rank",
     "attention_score_separation": "lakebed.engine.scalars.attention_scores",
+    "route_score": "lakebed.engine.scalars.route",
+    "lm_loss": "lakebed.engine.scalars.lm_loss",
     "attention_separation": "lakebed.engine.scalars.downstream",
     "attention_mass_separation": "lakebed.engine.scalars.downstream",
     "head_answer_logit_dla": "lakebed.engine.scalars.downstream",
