@@ -8,18 +8,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.scalars import Passes
 from ..engine.scalars.measure import PairBatch, Task, combine, measure
 from ..engine.slices import SliceSums
 from ..lake import UnitWriter
 from .attributions import AttributionsExtractor, Change
 from .dataset import Context
 from .forward import probe_of, require_device
-from .interval import Interval, IntervalExtractor, Source
+from .interval import Interval, IntervalExtractor, Observed, ObservingExtractor, Source
 from .pair_sets import PairSelection, PairSet, load_pairs, side_probe
 from .probe_batches import ProbeData
 from .progress import Progress
@@ -57,13 +59,15 @@ class Intervals:
             for source, target in self._ends
             if target == source + 1 and self._reader.is_recorded(source, target)
         ]
-        updates = self._reader.updates(recorded)
         last_use = dict(self._ends)  # of several targets the last, since they are in order
         steps = {step for ends in self._ends for step in ends}
         sources: dict[int, Source] = {}
         with _OneAhead() as background:
             for state in self._reader.iterate(steps, moments=bool(recorded)):
-                update = next(updates) if state.step in recorded else None
+                update = None
+                if state.step in recorded:
+                    # A stored state was read, not stepped to.
+                    update = state.update or next(self._reader.updates([state.step]))
                 closing = [sources[source] for source, target in self._ends if target == state.step]
                 here = self._at(state, closing, state.step in last_use)
                 reached = {name: weight.detach() for name, weight in here.weights.items()}
@@ -96,15 +100,22 @@ class Intervals:
                         tasks.append(task)
                 if any(source == state.step for source, _ in of.missing):
                     tasks.append(here.tasks.setdefault(key, Task(scalar, cells=group.finest)))
-            if tasks:
-                self._measure(group, weights, tasks)
+            watched = [of for of in group.watchers if any(state.step in ends for ends in of.missing)]
+            if tasks or watched:
+                self._measure(group, weights, tasks, [of.keep_in(here.observed) for of in watched])
         return here
 
-    def _measure(self, group: _Group, weights: Mapping[str, Tensor], tasks: Sequence[Task]) -> None:
+    def _measure(
+        self,
+        group: _Group,
+        weights: Mapping[str, Tensor],
+        tasks: Sequence[Task],
+        observers: Sequence[Callable[[Passes], None]] = (),
+    ) -> None:
         model = self._context.adapter().load_model(weights, group.device)
         for data in group.probes.values():
             data.require_fit(model)
-        measure(model, weights, group.batches, tasks)
+        measure(model, weights, group.batches, tasks, observers)
 
     def _attribute(self, interval: Interval, target: Source) -> None:
         """Puts together what happened to every scalar."""
@@ -120,6 +131,10 @@ class Intervals:
                 interval.changes[of.key] = Change(
                     group.pairs, source, target.targets[ends[0], of.key], gradients
                 )
+            for watcher in group.watchers:
+                if ends in watcher.missing:
+                    seen = (of.observed[watcher.key] for of in (interval.source, target))
+                    interval.observed[watcher.key] = Observed(group.pairs, *seen)
 
     def _write(self, interval: Interval, commit: Commit, progress: Progress) -> None:
         """Splits the update, multiplies, and commits every dataset that lacks the interval."""
@@ -206,13 +221,28 @@ class _Scalar:
 
 
 @dataclass(frozen=True)
+class _Watcher:
+    """An extractor that looks into the passes, and what it lacks."""
+
+    extractor: ObservingExtractor
+    key: str
+    missing: set[Ends]
+
+    def keep_in(self, observed: dict[str, list[Any]]) -> Callable[[Passes], None]:
+        """Hands the extractor one batch after another, and keeps what it makes of them."""
+        held = observed.setdefault(self.key, [])
+        return lambda passes: held.append(self.extractor.observe(passes))
+
+
+@dataclass(frozen=True)
 class _Group:
-    """Extractors whose scalars are measured on the same pairs: one forward pass per record side serves them all."""
+    """Extractors that ask about the same pairs: one forward pass per record side serves them all."""
 
     pairs: PairSet
     probes: Mapping[str, ProbeData]
     batches: Sequence[PairBatch]
     work: Sequence[_Scalar]
+    watchers: Sequence[_Watcher]
     device: str
 
     @property
@@ -229,15 +259,21 @@ class _Group:
 
 
 def _groups(context: Context, work: Sequence[IntervalWork], device: str) -> list[_Group]:
-    by_selection: dict[PairSelection, list[_Scalar]] = {}
+    scalars: dict[PairSelection, list[_Scalar]] = {}
+    watchers: dict[PairSelection, list[_Watcher]] = {}
     for of in work:
         if isinstance(of.extractor, AttributionsExtractor):
             one = _Scalar(of.extractor, of.extractor.key, of.missing)
-            by_selection.setdefault(of.extractor.selection, []).append(one)
+            scalars.setdefault(of.extractor.selection, []).append(one)
+        elif isinstance(of.extractor, ObservingExtractor):
+            other = _Watcher(of.extractor, of.extractor.key, of.missing)
+            watchers.setdefault(of.extractor.selection, []).append(other)
     groups = []
-    for selection, scalars in by_selection.items():
-        sides: list[str] = sorted({side for one in scalars for side in one.extractor.scalar.sides})
-        pairs = load_pairs(context, selection, sides)
-        probes = {side: probe_of(context, side_probe(selection.probe, side)) for side in sides}
-        groups.append(_Group(pairs, probes, pairs.batches(probes, device), scalars, device))
+    for selection in dict.fromkeys([*scalars, *watchers]):
+        measured, watched = scalars.get(selection, []), watchers.get(selection, [])
+        sides: set[str] = {side for of in measured for side in of.extractor.scalar.sides}
+        sides.update(side for of in watched for side in of.extractor.sides)
+        pairs = load_pairs(context, selection, sorted(sides))
+        probes = {side: probe_of(context, side_probe(selection.probe, side)) for side in sorted(sides)}
+        groups.append(_Group(pairs, probes, pairs.batches(probes, device), measured, watched, device))
     return groups

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -17,11 +18,27 @@ from torch import Tensor
 
 from ..engine.optimizer import AdamGroup, AdamReplay
 from ..lake import Lake
+from ..lake.codec import Layout
 from ..lake.errors import MissingData
 from ..lake.steps import summarize_steps
 from .runs import RecordingError, run_row
 from .trace_block import MOMENTS
 from .trace_writer import ReplayMismatch
+
+_BYTES_AT_ONCE = 64 << 20
+
+
+@dataclass(frozen=True)
+class RecordedUpdate:
+    """What the optimizer did in one recorded step, after which the run stands at `step`."""
+
+    step: int
+    gradients: dict[str, Tensor | None]
+    """Raw gradient by parameter; None where the optimizer skipped it."""
+    clip_coefficient: float | None
+    """What the raw gradient was multiplied by; None if no single factor did it: then `gradients` are the applied ones."""
+    groups: list[AdamGroup]
+    group_of: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -39,19 +56,8 @@ class State:
     step_counts: dict[str, int]
     has_moments: bool
     identity: str
-
-
-@dataclass(frozen=True)
-class RecordedUpdate:
-    """What the optimizer did in one recorded step, after which the run stands at `step`."""
-
-    step: int
-    gradients: dict[str, Tensor | None]
-    """Raw gradient by parameter; None where the optimizer skipped it."""
-    clip_coefficient: float | None
-    """What the raw gradient was multiplied by; None if no single factor did it: then `gradients` are the applied ones."""
-    groups: list[AdamGroup]
-    group_of: dict[str, int]
+    update: RecordedUpdate | None = None
+    """The step that led here, where the state was replayed; None for a stored one, see `StateReader.updates`."""
 
 
 class StateReader:
@@ -158,19 +164,20 @@ class StateReader:
             if inside[-1] == anchor:
                 continue
             replay = AdamReplay(start.weights, start.exp_avg, start.exp_avg_sq, start.step_counts)
-            for step in self._replay(replay, anchor, inside[-1]):
-                if step in inside:
-                    yield self._replayed(step, replay)
+            for update in self._replay(replay, anchor, inside[-1]):
+                if update.step in inside:
+                    yield self._replayed(update, replay)
 
-    def _replayed(self, step: int, replay: AdamReplay) -> State:
+    def _replayed(self, update: RecordedUpdate, replay: AdamReplay) -> State:
         return State(
-            step,
+            update.step,
             replay.weights,
             replay.exp_avg,
             replay.exp_avg_sq,
             dict(replay.step_counts),
             True,
-            self.identity(step),
+            self.identity(update.step),
+            update,
         )
 
     def updates(self, steps: Iterable[int]) -> Iterator[RecordedUpdate]:
@@ -178,8 +185,7 @@ class StateReader:
         wanted = sorted(set(steps))
         for _, run in groupby(enumerate(wanted), key=lambda item: item[1] - item[0]):
             inside = [step for _, step in run]
-            for step, gradients, coefficient, groups in self._recorded(inside[0], inside[-1]):
-                yield RecordedUpdate(step, gradients, coefficient, groups, self._group_of)
+            yield from self._recorded(inside[0], inside[-1])
 
     def verify_replay(self, start: int, stop: int) -> int:
         """Replays from the anchor at `start` to the one at `stop` and compares; returns the steps replayed."""
@@ -231,16 +237,14 @@ class StateReader:
                     found[name] = torch.from_numpy(array).to(self._dtypes[name])
         return found
 
-    def _replay(self, replay: AdamReplay, start: int, stop: int) -> Iterator[int]:
+    def _replay(self, replay: AdamReplay, start: int, stop: int) -> Iterator[RecordedUpdate]:
         """Applies steps start+1 … stop."""
-        for step, gradients, coefficient, groups in self._recorded(start + 1, stop):
-            present = {name: gradient for name, gradient in gradients.items() if name in self._group_of}
-            replay.step(present, coefficient, groups, self._group_of)
-            yield step
+        for update in self._recorded(start + 1, stop):
+            present = {name: of for name, of in update.gradients.items() if name in self._group_of}
+            replay.step(present, update.clip_coefficient, update.groups, self._group_of)
+            yield update
 
-    def _recorded(
-        self, start: int, stop: int
-    ) -> Iterator[tuple[int, dict[str, Tensor | None], float | None, list[AdamGroup]]]:
+    def _recorded(self, start: int, stop: int) -> Iterator[RecordedUpdate]:
         if not self.is_recorded(start - 1, stop):
             raise MissingData(
                 f"run {self.run!r} lacks recorded steps between {start} and {stop}: run `lakebed verify`"
@@ -250,7 +254,7 @@ class StateReader:
             for name in self.lake.axes.names(self.run, "gradients")
         }
         # A block of steps at a time: what a chunk holds is decoded once, and memory stays flat.
-        size = max((tensor.layout.chunk_rows for tensor in tensors.values()), default=1)
+        size = _steps_at_once([tensor.layout for tensor in tensors.values()])
         for first in range(start, stop + 1, size):
             part = list(range(first, min(first + size, stop + 1)))
             arrays = {name: self._rows(tensor, part) for name, tensor in tensors.items()}
@@ -259,7 +263,7 @@ class StateReader:
                     name: None if (step, name) in self._skipped else self._tensor(name, array[offset])
                     for name, array in arrays.items()
                 }
-                yield step, gradients, *self._settings[step]
+                yield RecordedUpdate(step, gradients, *self._settings[step], self._group_of)
 
     def _rows(self, tensor: Any, steps: list[int]) -> np.ndarray[Any, Any]:
         held = np.isin(steps, tensor.steps)
@@ -273,6 +277,15 @@ class StateReader:
 
     def _tensor(self, name: str, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._dtypes[name])
+
+
+def _steps_at_once(layouts: Sequence[Layout]) -> int:
+    """Steps of gradients to decode together: those of the longest chunk, halved while they are more than 64 MB."""
+    rows = max((layout.chunk_rows for layout in layouts), default=1)
+    step_bytes = sum(math.prod(layout.row_shape) * layout.dtype.itemsize for layout in layouts)
+    while rows > 1 and rows * step_bytes > _BYTES_AT_ONCE:
+        rows //= 2
+    return rows
 
 
 def optimizer_state(state: State, names: Iterable[str], groups: list[Mapping[str, Any]]) -> dict[str, Any]:
