@@ -13,15 +13,14 @@ from torch import Tensor
 from ..engine.scalars import Scalar, ScalarError, build_scalar
 from ..engine.scalars.measure import Task
 from ..lake import UnitWriter
-from ..lake.datasets import ATTRIBUTIONS, DEFAULT_PROBE, PAIR_TYPES, attribution_parameters
-from ..lake.errors import UnknownName
+from ..lake.datasets import ATTRIBUTIONS, DEFAULT_PROBE, attribution_parameters
 from ..lake.names import spec_id
 from ..lake.schema_attributions import UPDATE_FIELDS
 from . import dataset
 from .columns import constant
 from .forward import probe_of
 from .interval import Interval, IntervalExtractor, known, part_columns, part_order
-from .pair_sets import PairSelection, PairSet, side_probe
+from .pair_sets import PairSelection, PairSet, select_pairs, side_probe
 
 
 @dataclass
@@ -172,14 +171,7 @@ def build(
     integrate: int = 0,
 ) -> AttributionsExtractor:
     """The extractor, for the registry. Raises ScalarError or UnknownName, naming what there is."""
-    if not pair_type:
-        raise UnknownName(f"attributions are of causal patch pairs: name a type, of {', '.join(PAIR_TYPES)}")
-    for wanted in pair_type:
-        if wanted not in PAIR_TYPES:
-            raise UnknownName(f"no pair type {wanted!r}; there are {', '.join(PAIR_TYPES)}")
     if integrate < 0:
         raise ScalarError(f"--integrate {integrate}: the number of points on the path is at least 0")
-    selection = PairSelection(
-        probe, tuple(sorted(set(pair_type))), tuple(sorted(set(split))), max_pairs_per_type
-    )
+    selection = select_pairs(probe, pair_type, split, max_pairs_per_type)
     return AttributionsExtractor(selection, integrate, build_scalar(scalar, parameters or {}))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.scalars import Passes
 from ..engine.scalars.measure import Task
 from ..engine.slices import SliceSums
 from ..engine.update_terms import UpdateTerms, split_update
@@ -26,6 +27,7 @@ from .states import RecordedUpdate, State
 
 if TYPE_CHECKING:
     from .attributions import Change
+    from .pair_sets import PairSelection, PairSet
 
 
 class NonFiniteUpdate(LakebedError):
@@ -46,6 +48,8 @@ class Source:
     """Scalars with the basis of this step, by extractor key."""
     targets: dict[tuple[int, str], Task] = field(default_factory=dict)
     """Scalars with the basis of an earlier step, by that step and extractor key."""
+    observed: dict[str, list[Any]] = field(default_factory=dict)
+    """What extractors saw of this step, batch after batch, by extractor key."""
 
 
 @dataclass
@@ -60,6 +64,8 @@ class Interval:
     sums: SliceSums
     changes: dict[str, Change] = field(default_factory=dict)
     """What happened to each scalar, by extractor key."""
+    observed: dict[str, Observed] = field(default_factory=dict)
+    """What extractors saw at both ends, by extractor key."""
 
     @property
     def source_step(self) -> int:
@@ -139,6 +145,35 @@ class IntervalExtractor(dataset.Extractor):
     def extract(self, context: dataset.Context, state: State, writer: UnitWriter) -> None:
         """Of a step alone there is nothing."""
         raise TypeError(f"{self.name} is made of intervals, not of steps")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an extractor saw at the two ends of an interval, batch of pairs after batch."""
+
+    pairs: PairSet
+    source: Sequence[Any]
+    target: Sequence[Any]
+
+
+class ObservingExtractor(IntervalExtractor):
+    """A dataset of intervals that looks into the forward passes over causal patch pairs, at both ends."""
+
+    selection: PairSelection
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Identity of what is looked at."""
+
+    @property
+    @abstractmethod
+    def sides(self) -> Sequence[str]:
+        """Records that must go through the model."""
+
+    @abstractmethod
+    def observe(self, passes: Passes) -> Any:
+        """What to keep of one batch; it is asked for without gradients, and found again in `Interval.observed`."""
 
 
 def known(columns: Mapping[str, Any]) -> dict[str, Any]:

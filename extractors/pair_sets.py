@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..engine.scalars import Pairs, Records
 from ..engine.scalars.measure import PairBatch
-from ..lake.datasets import CORRUPTED
-from ..lake.errors import MissingData
+from ..lake.datasets import CORRUPTED, PAIR_TYPES
+from ..lake.errors import MissingData, UnknownName
 from ..lake.pairs import CHOSEN
 from .probe_batches import Integers, ProbeData, event_choices
 
@@ -32,6 +32,18 @@ class PairSelection:
     pair_type: tuple[str, ...]
     split: tuple[str, ...]
     max_pairs_per_type: int
+
+
+def select_pairs(
+    probe: str, pair_type: Sequence[str], split: Sequence[str], max_pairs_per_type: int
+) -> PairSelection:
+    """A selection in canonical order; raises UnknownName, naming the types there are."""
+    if not pair_type:
+        raise UnknownName(f"attributions are of causal patch pairs: name a type, of {', '.join(PAIR_TYPES)}")
+    for wanted in pair_type:
+        if wanted not in PAIR_TYPES:
+            raise UnknownName(f"no pair type {wanted!r}; there are {', '.join(PAIR_TYPES)}")
+    return PairSelection(probe, tuple(sorted(set(pair_type))), tuple(sorted(set(split))), max_pairs_per_type)
 
 
 @dataclass(frozen=True)

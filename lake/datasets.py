@@ -62,7 +62,8 @@ DEFAULT_PROBE = "probe"
 # Made between two steps, source < target: gradient of a scalar times the update and its terms, and the update's norms.
 ATTRIBUTIONS = "attributions"  # see `attribution_parameters`
 UPDATE_NORMS = "update_norms"
-OF_INTERVALS = (ATTRIBUTIONS, UPDATE_NORMS)
+SCORE_CHANGES = "score_changes"  # see `score_change_parameters`
+OF_INTERVALS = (ATTRIBUTIONS, UPDATE_NORMS, SCORE_CHANGES)
 
 # The corrupted records of a probe's pairs are a probe of that name.
 CORRUPTED = ".corrupted"
@@ -104,4 +105,26 @@ def attribution_parameters(
         "integrate": integrate,
         "scalar": scalar,
         "parameters": dict(parameters),
+    }
+
+
+def score_change_parameters(
+    head: str,
+    roles: Mapping[str, str],
+    record_side: str,
+    *,
+    pair_type: Sequence[str],
+    probe: str = DEFAULT_PROBE,
+    split: Sequence[str] = (),
+    max_pairs_per_type: int = 64,
+) -> dict[str, Any]:
+    """Parameters of dataset score_changes: a head (L2H1), its three roles, the record that is scored, the pairs."""
+    return {
+        "probe": probe,
+        "pair_type": sorted(set(pair_type)),
+        "split": sorted(set(split)),
+        "max_pairs_per_type": max_pairs_per_type,
+        "head": head,
+        "record_side": record_side,
+        **roles,
     }

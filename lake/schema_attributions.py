@@ -92,6 +92,46 @@ TABLES = (
         """,
     ),
     table(
+        "score_changes",
+        "spec source_step target_step pair_id key_role key_position",
+        "one row per interval, pair and key of a role: one head's score and attention at both ends, and what the score's change is "
+        "the sum of, over sqrt(d_head). q and k have their biases, x is the LayerNorm of the head's input, 0 the source. "
+        "That is arithmetic, not a counterfactual",
+        """
+        spec | VARCHAR | 12-hex identity of head, roles, pairs and record side: see view specs
+        scalar_head | VARCHAR | head, L2H1
+        record_side | VARCHAR | record of the pair that is scored: clean or corrupted
+        source_step | BIGINT | step before
+        target_step | BIGINT | step after
+        split | VARCHAR | split of the pair
+        pair_type | VARCHAR | type of the pair
+        pair_id | VARCHAR | causal patch pair, see table pairs
+        key_role | VARCHAR | role of the key: the support's or the distractors'
+        role_position_index | INTEGER | which of the role's keys up to the query, from 0
+        query_position | INTEGER | position that attends
+        key_position | INTEGER | position of the key, at most the query's
+        source_attention | DOUBLE | probability at the source
+        target_attention | DOUBLE | probability at the target
+        softmax_first_order_attention_delta | DOUBLE | a (ds - sum over keys of a ds), a the attention of the source, ds the changes of the scores
+        source_score | DOUBLE | q0 k0
+        target_score | DOUBLE | q k
+        q_vector_delta_source_key | DOUBLE | dq k0: what the query's change does
+        source_query_k_vector_delta | DOUBLE | q0 dk: what the key's change does
+        q_input_source_key | DOUBLE | (W_Q0 dx) k0
+        q_weight_source_key | DOUBLE | (dW_Q x0) k0
+        q_bias_source_key | DOUBLE | db_Q k0
+        q_weight_input_cross_source_key | DOUBLE | (dW_Q dx) k0
+        source_query_k_input | DOUBLE | q0 (W_K0 dx)
+        source_query_k_weight | DOUBLE | q0 (dW_K x0)
+        source_query_k_bias | DOUBLE | q0 db_K
+        source_query_k_weight_input_cross | DOUBLE | q0 (dW_K dx)
+        qk_vector_cross | DOUBLE | dq dk
+        q_delta_reconstruction_error | DOUBLE | largest entry of |sum of the four parts of dq - dq|: what float32 rounded
+        k_delta_reconstruction_error | DOUBLE | largest entry of |sum of the four parts of dk - dk|
+        score_reconstruction_error | DOUBLE | sum of the nine parts - (target_score - source_score)
+        """,
+    ),
+    table(
         "update_slices",
         "source_step target_step slice_kind slice",
         "one row per interval and part of the model: squared norms of the update and of each term of it",

@@ -11,10 +11,12 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..forward import Model
 from . import Basis, Evaluation, Passes, Scalar, Side, mean_over, parse_head
+from .retrieval import Retrieval
 from .roles import SeparationRoles
 
 Component = Literal["score", "q_side", "k_side"]
@@ -52,15 +54,19 @@ class AttentionScoreSeparation(SeparationRoles, Scalar):
 
     def evaluate(self, passes: Passes, basis: Basis, frozen: Mapping[str, Tensor]) -> Evaluation:
         """Separations of the component, with its own support and distractor means; attention is that of the whole head."""
-        records, _ = self.on(passes, self.record_side)
+        records, passed = self.on(passes, self.record_side)
         place, support, distractors = self.positions(records)
         query, keys = self._query_and_keys(passes)
-        held = _scores(frozen.get("query", query), frozen.get("keys", keys))
-        found = self.separation(held, support, distractors, mean_over)
-        attention = query_attention(_scores(query.detach(), keys.detach()), place)
-        means = {"support_attention_mean": support, "distractor_attention_mean": distractors}
-        quantities = {name: mean_over(mask, attention) for name, mask in means.items()}
-        return Evaluation(found.value, {**found.quantities, **quantities})
+        query, keys = frozen.get("query", query), frozen.get("keys", keys)
+        scores = (keys @ query[..., None])[..., 0] / math.sqrt(query.shape[-1])
+        found = self.separation(scores, support, distractors, mean_over)
+        with torch.no_grad():
+            head = Retrieval(passes.model, records, passed, self.head_of, place, support, distractors)
+            attention = {
+                "support_attention_mean": mean_over(support, head.attention),
+                "distractor_attention_mean": mean_over(distractors, head.attention),
+            }
+        return Evaluation(found.value, {**found.quantities, **attention})
 
     def _query_and_keys(self, passes: Passes) -> tuple[Tensor, Tensor]:
         records, _ = self.on(passes, self.record_side)
@@ -75,17 +81,6 @@ def query_and_keys(passes: Passes, side: str, head: tuple[int, int], place: Tens
     distinct = passes.of[side].distinct
     query = distinct.queries[layer][records.row, number, place]
     return query, distinct.keys[layer][:, number].index_select(0, records.row)
-
-
-def query_attention(scores: Tensor, place: Tensor) -> Tensor:
-    """Softmax of `Float[pair, position]` over the keys up to each query position, `Int[pair]`; 0 after it."""
-    key = place.new_ones(scores.shape[1]).cumsum(0) - 1
-    return scores.masked_fill(key > place[:, None], -math.inf).softmax(-1)
-
-
-def _scores(query: Tensor, keys: Tensor) -> Tensor:
-    """`Float[pair, position]`: q · k / √d_head."""
-    return (keys @ query[..., None])[..., 0] / math.sqrt(query.shape[-1])
 
 
 SCALARS = {AttentionScoreSeparation.name: AttentionScoreSeparation}

@@ -6,7 +6,7 @@ Gradients are linear in pairs: they are summed over the pairs of each batch, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,9 +80,16 @@ class Task:
 
 
 def measure(
-    model: Model, leaves: Mapping[str, Tensor], batches: Sequence[PairBatch], tasks: Sequence[Task]
+    model: Model,
+    leaves: Mapping[str, Tensor],
+    batches: Sequence[PairBatch],
+    tasks: Sequence[Task],
+    observers: Sequence[Callable[[Passes], None]] = (),
 ) -> None:
-    """Fills `tasks`. `leaves` are the weights the model was loaded from, requiring gradients where a task wants them."""
+    """Fills `tasks`, and shows every batch's passes to `observers`, without gradients.
+
+    `leaves` are the weights the model was loaded from, requiring gradients where a task wants them.
+    """
     for task in tasks:
         task.scalar.check(model)
         if task.frozen is None:
@@ -100,6 +107,9 @@ def measure(
                     for side, records in batch.pairs.sides.items()
                 },
             )
+        with torch.no_grad():
+            for observe in observers:
+                observe(passes)
         for task in tasks:
             frozen = task.frozen
             assert frozen is not None
