@@ -11,6 +11,7 @@ import click
 from ..lake.datasets import (
     ACTIVATIONS,
     ATTENTION,
+    ATTRIBUTIONS,
     COMPONENT_LOGITS,
     DEFAULT_PROBE,
     HEAD_WRITES,
@@ -20,6 +21,8 @@ from ..lake.datasets import (
     Need,
 )
 from .options import lake_option, run_option, steps_option, threads_option
+from .scalar_options import NAMES as SCALAR_OPTIONS
+from .scalar_options import scalar_needs, scalar_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +30,16 @@ if TYPE_CHECKING:
 # Dataset options by name: which datasets take them, and their defaults. One need is made per combination of values.
 _DATASET_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str | None, ...]]] = {
     "probe": (
-        (ACTIVATIONS, ATTENTION, READOUTS, HEAD_WRITES, COMPONENT_LOGITS, QK_COORDINATES, INTERVENTIONS),
+        (
+            ACTIVATIONS,
+            ATTENTION,
+            READOUTS,
+            HEAD_WRITES,
+            COMPONENT_LOGITS,
+            QK_COORDINATES,
+            INTERVENTIONS,
+            ATTRIBUTIONS,
+        ),
         (DEFAULT_PROBE,),
     ),
     "layout": ((ACTIVATIONS,), ("roles",)),
@@ -70,6 +82,7 @@ def _dataset_option(name: str, metavar: str, about: str) -> Callable[[Any], Any]
 @_dataset_option(
     "layernorm-mode", "head_ln1|none", "qk_coordinates: through the head's LayerNorm [default] or not."
 )
+@scalar_options
 @click.option(
     "--batch-size", type=click.IntRange(1), metavar="TOKENS", help="Tokens per forward pass [default: 8192]."
 )
@@ -90,6 +103,7 @@ def extract(
 
     Of weights: svd, weights. Of forward passes over a probe (see `lakebed probe`): activations, attention, readouts,
     head_writes, component_logits, qk_coordinates, interventions; all that are named share one pass per step and batch.
+    Of the updates between neighbouring steps: attributions (of a --scalar, over causal patch pairs), update_norms.
     Options may be repeated: each combination is a dataset.
 
     Without --steps: the steps whose weights are stored. A second call makes nothing; an interrupted one goes on.
@@ -119,11 +133,14 @@ def extract(
 def dataset_needs(datasets: Sequence[str], options: Mapping[str, tuple[str, ...]]) -> list[Need]:
     """One need per dataset and combination of its options; raises UsageError for an option that none of them takes."""
     for name, values in options.items():
-        takers = _DATASET_OPTIONS[name][0]
+        takers = (ATTRIBUTIONS,) if name in SCALAR_OPTIONS else _DATASET_OPTIONS[name][0]
         if values and not set(takers) & set(datasets):
             raise click.UsageError(f"--{name.replace('_', '-')} is an option of {', '.join(takers)}")
     needs = []
     for dataset in dict.fromkeys(datasets):
+        if dataset == ATTRIBUTIONS:
+            needs += scalar_needs(options)
+            continue
         combinations: list[dict[str, str]] = [{}]
         for name, (takers, defaults) in _DATASET_OPTIONS.items():
             if dataset in takers:

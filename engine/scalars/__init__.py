@@ -259,9 +259,11 @@ def build_scalar(name: str, parameters: Mapping[str, Any]) -> Scalar:
     try:
         scalar: Scalar = kind(**parameters)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ScalarError(f"scalar {name}: {where} {first['msg'].removeprefix('Value error, ')}") from error
+        wrong = "; ".join(
+            f"{'.'.join(map(str, of['loc']))} {of['msg'].removeprefix('Value error, ').lower()}".strip()
+            for of in error.errors()
+        )
+        raise ScalarError(f"scalar {name}: {wrong}; it takes {', '.join(kind.model_fields)}") from error
     return scalar
 
 
