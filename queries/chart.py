@@ -94,7 +94,8 @@ class Scatter(Chart):
 class Grid(Chart):
     """A cell per pair of names, `row` down and `column` across, both in the order of the section; no step axis.
 
-    The first `rows` names of `row` are drawn. `domain` fixes the colour scale; `digits` decimals stand in the cells.
+    The first `rows` names of `row` are drawn. `domain` fixes the colour scale, with two sides where zero lies within;
+    `digits` decimals stand in the cells.
     """
 
     value: str = "value"

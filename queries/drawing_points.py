@@ -16,6 +16,8 @@ _CELL = 36
 _GAP = 70
 # White to dark blue: an empty cell reads as empty.
 _SHADES = ("#ffffff", "#6baed6", "#08306b")
+# Values on both sides of zero: orange below, blue above.
+_TWO_SIDED = ("#b35806", "#ffffff", "#08519c")
 
 
 def scatter(chart: Scatter, frame: pl.DataFrame, interactive: bool) -> tuple[Any, Note]:
@@ -124,7 +126,10 @@ def grid(chart: Grid, frame: pl.DataFrame, interactive: bool) -> tuple[Any, Note
         axis=alt.Axis(grid=False, ticks=False, labelAngle=-40, labelLimit=200),
     )
     y = alt.Y("row:N", title=None, sort=rows, axis=alt.Axis(grid=False, ticks=False, labelLimit=220))
-    scale = alt.Scale(domain=[low, (low + high) / 2, high], range=list(_SHADES), interpolate="rgb")
+    two_sided = low < 0 < high
+    middle = 0 if two_sided else (low + high) / 2
+    shades = _TWO_SIDED if two_sided else _SHADES
+    scale = alt.Scale(domain=[low, middle, high], range=list(shades), interpolate="rgb")
     boxes = base.mark_rect(stroke="white", strokeWidth=0.5).encode(
         x=x,
         y=y,
@@ -137,7 +142,9 @@ def grid(chart: Grid, frame: pl.DataFrame, interactive: bool) -> tuple[Any, Note
             alt.Tooltip("value:Q", title=chart.value_title, format=".4~g"),
         ],
     )
-    dark = alt.datum.value > low + 0.55 * (high - low)
+    dark = alt.datum.value > (0.5 * high if two_sided else low + 0.55 * (high - low))
+    if two_sided:
+        dark = dark | (alt.datum.value < 0.5 * low)
     numbers = base.mark_text(fontSize=10 if row_height == 20 else 9).encode(
         x=x, y=y, text="text:N", color=alt.when(dark).then(alt.value("white")).otherwise(alt.value("#222222"))
     )
