@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Field = Floats | tuple[Floats, Floats]
 
 _CELLS_READ = 16_000_000
-_CELLS_AT_ONCE = 1 << 18
+_CELLS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,19 @@ def _decomposed(matrices: Floats, ranks: int) -> tuple[Floats, Floats, Floats]:
     squares, vectors = np.linalg.eigh(matrices @ matrices.mT)
     values = np.sqrt(np.maximum(squares[:, ::-1], 0.0))
     left = vectors[:, :, ::-1][:, :, :count].mT
-    steep = ~(values[:, -1] > _WELL_ABOVE * values[:, 0])
     with np.errstate(divide="ignore", invalid="ignore"):
         right = left @ matrices / values[:, :count, None]
-    if steep.any():
-        exact_left, values[steep], exact_right = _svd(matrices[steep])
-        left[steep], right[steep] = exact_left.mT[:, :count], exact_right[:, :count]
+    half = rows // 2
+    steep = ~(values[:, -1] > _WELL_ABOVE * values[:, 0])
+    # The upper half stands; what it hides is seen once M is cut to the directions of the lower half.
+    halved = steep & (values[:, max(half, count) - 1] > _WELL_ABOVE * values[:, 0]) & (half >= count)
+    if halved.any():
+        lower, _, _ = _decomposed(vectors[halved, :, : rows - half].mT @ matrices[halved], 0)
+        values[halved, half:] = np.minimum(lower, values[halved, half - 1][:, None])
+    whole = steep & ~halved
+    if whole.any():
+        exact_left, values[whole], exact_right = _svd(matrices[whole])
+        left[whole], right[whole] = exact_left.mT[:, :count], exact_right[:, :count]
     return values, left, right
 
 
