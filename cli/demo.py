@@ -84,24 +84,48 @@ def _timed(clock: dict[str, float], phase: str) -> Iterator[None]:
     clock[phase] = time.perf_counter() - started
 
 
-def _reports() -> list[Any]:
+# Single steps that the reports on recorded updates look at.
+_WINDOW = 32
+
+
+def _steps(last: int) -> dict[str, str]:
+    """Steps by what a report's `demo_steps` says: about ten checkpoints, and a window where the first head has formed."""
+    start = max(0, min(last - _WINDOW, last * 23 // 100))
+    return {
+        "checkpoints": f"0:{last}:{max(1, -(-last // 10))},last",
+        "window": f"{start}:{min(last, start + _WINDOW)}",
+    }
+
+
+def _reports(last: int) -> list[Any]:
     from ..queries.registry import load_report, report_names
 
     classes = [load_report(name) for name in report_names()]
-    return [report.parse({"run": RUN, **report.demo_options}) for report in classes]
+    steps = _steps(last)
+    return [
+        report.parse({"run": RUN, "steps": steps.get(report.demo_steps), **report.demo_options})
+        for report in classes
+    ]
+
+
+def _last_step(lake: Any) -> int:
+    step: int = lake.table("steps", RUN).select("step").collect()["step"].max()
+    return step
 
 
 def _extract(lake: Any, bars: Any) -> None:
     from ..extractors.plan import extract
-    from ..lake.datasets import MOMENTS, SVD, WEIGHTS
+    from ..lake.datasets import MOMENTS, OF_INTERVALS, SVD, WEIGHTS
     from ..lake.names import canonical_json
 
+    last = _last_step(lake)
+    reports = _reports(last)
     needs = {
         canonical_json([need.dataset, dict(need.parameters)]): need
-        for report in _reports()
+        for report in reports
         for need in report.needs()
+        if need.dataset not in OF_INTERVALS
     }
-    last = lake.table("steps", RUN).select("step").collect()["step"].max()
     # About fifty points for the charts of weights, half as many for those of forward passes; steps between anchors are
     # replayed. A report takes the steps at which everything it needs is there.
     stride = max(1, -(-last // 50))
@@ -112,12 +136,15 @@ def _extract(lake: Any, bars: Any) -> None:
     # Reports about single updates take a step and the next one: these, with those above.
     states = [need for need in needs.values() if need.dataset in (WEIGHTS, MOMENTS)]
     extract(lake, RUN, states, f"1:{last}:{2 * stride}", progress=bars)
+    for spacing, steps in _steps(last).items():
+        updates = [need for report in reports if report.demo_steps == spacing for need in report.needs()]
+        extract(lake, RUN, updates, steps, progress=bars)
 
 
 def _run_reports(lake: Any, out: Path, bars: Any) -> dict[str, dict[str, Any]]:
     from ..queries.run import run_report
 
-    reports = _reports()
+    reports = _reports(_last_step(lake))
     bars.start("reports", len(reports))
     written: dict[str, dict[str, Any]] = {}
     for report in reports:

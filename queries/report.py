@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -73,6 +73,8 @@ class Report(BaseModel):
     example: ClassVar[str] = ""
     # Options of the report in `lakebed demo`, for those that have required ones.
     demo_options: ClassVar[Mapping[str, Any]] = {}
+    # Which steps of the demo: those its needs are made at, some checkpoints, or a window of neighbouring steps.
+    demo_steps: ClassVar[Literal["states", "checkpoints", "window"]] = "states"
 
     run: str | None = Field(None, description="run to report on; may be left out when the lake has only one")
     steps: str | None = Field(

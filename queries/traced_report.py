@@ -170,6 +170,7 @@ class TracedReport(AttributionReport):
     """
 
     more_views: ClassVar[str] = _VIEWS
+    demo_steps = "window"
 
     pair_type: tuple[PairType, ...] = Field((), description="type of causal patch pair that is built")
     route_pair_source_type: tuple[PairType, ...] = Field((), description="the same as --pair-type")
