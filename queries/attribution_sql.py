@@ -65,6 +65,25 @@ JOIN intervals AS i USING (source_step, target_step)
 WHERE c.run = $run AND list_contains($spec, c.spec)
 ORDER BY ALL
 
+-- Cells by scalar: scalars of one report may be of different pairs.
+-- view: scalar_cells
+WITH held AS (SELECT DISTINCT spec, split, pair_type FROM pair_changes),
+counted AS (
+  SELECT spec, count(DISTINCT split) AS splits, count(DISTINCT pair_type) AS types FROM held GROUP BY spec
+),
+pooled AS (
+  SELECT DISTINCT spec, unnest([split, split, '__all__', '__all__']) AS split,
+    unnest([pair_type, '__all__', pair_type, '__all__']) AS pair_type
+  FROM held
+)
+SELECT
+  p.spec, p.split, p.pair_type,
+  CASE WHEN c.splits = 1 THEN '__all__' ELSE p.split END AS stored_split,
+  CASE WHEN c.types = 1 THEN '__all__' ELSE p.pair_type END AS stored_pair_type
+FROM pooled AS p
+JOIN counted AS c USING (spec)
+ORDER BY ALL
+
 -- Means over the pairs of a cell.
 -- view: cell_changes
 SELECT
@@ -80,7 +99,7 @@ SELECT
   population_std(v.target_value) AS target_value_std,
   fsum(v.source_value) AS source_sum
 FROM pair_changes AS v
-JOIN cell_pairs AS p ON p.pair_id = v.pair_id
+JOIN scalar_cells AS p ON p.spec = v.spec AND p.split IN ('__all__', v.split) AND p.pair_type IN ('__all__', v.pair_type)
 GROUP BY ALL
 ORDER BY ALL
 """
@@ -272,7 +291,7 @@ SELECT
   coalesce(r.zero_names, []) AS zero_gradient_parameter_names,
   c.stored_split, c.stored_pair_type
 FROM cell_changes AS v
-JOIN cells AS c ON c.split = v.split AND c.pair_type = v.pair_type
+JOIN scalar_cells AS c ON c.spec = v.spec AND c.split = v.split AND c.pair_type = v.pair_type
 JOIN global AS f ON f.spec = v.spec AND f.source_step = v.source_step AND f.target_step = v.target_step
   AND f.split = c.stored_split AND f.pair_type = c.stored_pair_type AND f.point = 'source'
 LEFT JOIN global AS path ON path.spec = v.spec AND path.source_step = v.source_step AND path.target_step = v.target_step

@@ -102,6 +102,10 @@ class PairOptions(ProbeReport):
         """The shared views before those of the report."""
         return _PRELUDE + super().sql_text()
 
+    def measured_sides(self) -> tuple[RecordSide, ...]:
+        """Record sides whose records must be there."""
+        return self.record_side
+
     def side_probes(self) -> tuple[str, ...]:
         """The probes whose forward passes the asked record sides need, for the report's `needs`."""
         return tuple(
@@ -158,7 +162,7 @@ def _require_pairs(lake: Lake, run: str, report: PairOptions) -> None:
     }
     if short:
         raise TooFewPairs(_too_few(report, short, _ask(lake, _SKIPPED, asked)))
-    if "corrupted" in report.record_side and any(n > corrupted for n, corrupted in counts.values()):
+    if "corrupted" in report.measured_sides() and any(n > corrupted for n, corrupted in counts.values()):
         largest = max(n for n, _ in counts.values())
         raise MissingData(
             f"probe {report.probe!r} of run {run!r} keeps the corrupted records of {kept} pairs per type and split, and up "
