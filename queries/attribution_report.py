@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..lake.datasets import ATTRIBUTIONS, UPDATE_NORMS, Need, attribution_parameters
 from ..lake.names import canonical_json, spec_id
@@ -137,6 +137,12 @@ class SeparationOptions(HeadReport):
     score_query_role: str = Field(..., description="role of the attending position; must be one position")
     support_key_role: str = Field(..., description="role the head should attend to")
     distractor_key_role: str = Field(..., description="role it should not attend to")
+
+    @model_validator(mode="after")
+    def _has_two_roles(self) -> SeparationOptions:
+        if self.support_key_role == self.distractor_key_role:
+            raise ValueError(f"--support-key-role and --distractor-key-role are both {self.support_key_role}")
+        return self
 
     def role_parameters(self) -> dict[str, Any]:
         """As a scalar takes them."""
