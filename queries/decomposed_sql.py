@@ -73,6 +73,12 @@ SELECT * FROM summed_contributions
 QUALIFY row_number() OVER (PARTITION BY label ORDER BY abs(contribution) DESC, group_id) <= $top_k_groups
 ORDER BY position, abs(contribution) DESC, group_id
 
+-- The first of them, for the page.
+-- view: carriers
+SELECT * FROM largest_contributions
+QUALIFY row_number() OVER (PARTITION BY label ORDER BY abs(contribution) DESC, group_id) <= 10
+ORDER BY position, abs(contribution) DESC, group_id
+
 -- Of the first scalar, each kind of group on its own.
 -- view: top_groups
 SELECT replace(partition_name, '_', ' ') AS partition, split_part(group_id, ':', 2) AS name, contribution
