@@ -11,7 +11,8 @@ from pydantic import Field
 from ..lake import Lake
 from .attribution_report import ARITHMETIC, DecomposedReport, QKRankOptions
 from .chart import Bars, Scatter, Trajectory
-from .markdown import number, percent
+from .decomposed_findings import carried, explained, movement
+from .decomposed_sql import DECOMPOSED_SUMMARY, interval_facts
 from .pair_selection import RecordSide
 from .report import RowFile, TextTable
 from .results import Results
@@ -24,6 +25,8 @@ class BilinearQKRankUpdateAttribution(DecomposedReport, QKRankOptions):
 
     The singular basis is that of each interval's source, frozen there.
     """
+
+    more_views: ClassVar[str] = DECOMPOSED_SUMMARY
 
     record_side: tuple[RecordSide, ...] = Field(
         ("clean", "corrupted"),
@@ -60,7 +63,7 @@ class BilinearQKRankUpdateAttribution(DecomposedReport, QKRankOptions):
             "carriers",
             "What carried the change",
             {
-                "rank": "rank",
+                "scalar": "label",
                 "group": "group_id",
                 "Σ first order": "first_order_contribution",
                 "Σ integrated": "integrated_contribution",
@@ -169,6 +172,7 @@ class BilinearQKRankUpdateAttribution(DecomposedReport, QKRankOptions):
             "head_label": self.head_label,
             "basis_mode": "source_checkpoint_per_interval",
             "summary": {
+                **interval_facts(results, self.top_k_groups),
                 "by_rank": results.rows("FROM rank_summary"),
                 "top_contributions": results.rows("FROM largest_contributions"),
             },
@@ -182,63 +186,21 @@ class BilinearQKRankUpdateAttribution(DecomposedReport, QKRankOptions):
 
     def findings(self, results: Results) -> list[str]:
         """How far the separation moved and when, how well that is explained, and what carried it."""
-        first = results.rows("FROM rank_summary")[0]
-        return [
-            _movement(self.head_label, results, first),
-            _explained(first),
-            _carried(results, first["rank"]),
-        ]
-
-
-def _movement(head: str, results: Results, of: dict[str, Any]) -> str:
-    steepest = results.first(
-        "SELECT source_step, target_step, actual_delta FROM metric_rows WHERE split = '__all__' AND pair_type = "
-        "'__all__' "
-        "AND record_side = $side AND rank = $rank ORDER BY actual_delta / step_gap DESC, source_step LIMIT 1",
-        side=results.parameters["record_side"][0],
-        rank=of["rank"],
-    )
-    assert steepest is not None
-    change = of["sum_actual_delta"]
-    return (
-        f"**{head}'s rank-{of['rank']} QK separation {'grew' if change > 0 else 'fell'} by {number(abs(change))}** "
-        f"between steps "
-        f"{results.steps[0]} and {results.steps[-1]}, fastest from {steepest['source_step']} to "
-        f"{steepest['target_step']} "
-        f"({'+' if steepest['actual_delta'] > 0 else ''}{number(steepest['actual_delta'])}); it grew in "
-        f"{of['growing_intervals']} of {of['num_intervals']} intervals."
-    )
-
-
-def _explained(of: dict[str, Any]) -> str:
-    text = (
-        f"Gradient times update, taken at each source, gives {number(of['sum_predicted_delta'])}: a mean relative "
-        f"error of "
-        f"{percent(of['mean_relative_error'])} per interval, the sign right in {of['sign_matches']} of "
-        f"{of['num_intervals']}"
-    )
-    if of["sum_integrated_delta"] is None:
-        return f"{text}."
-    return (
-        f"{text}. Integrated along the path it gives {number(of['sum_integrated_delta'])}, "
-        f"{percent(of['mean_integrated_relative_error'])} off."
-    )
-
-
-def _carried(results: Results, rank: int) -> str:
-    parts = []
-    for partition, name in (("module_blocks", "module"), ("attention_heads", "head")):
-        top = results.rows(
-            "SELECT group_id, contribution, share_of_actual FROM summed_contributions WHERE rank = $rank AND "
-            "partition_name = $partition ORDER BY abs(contribution) DESC, group_id LIMIT 3",
-            rank=rank,
-            partition=partition,
+        of = results.rows("FROM rank_summary")[0]
+        fastest = results.first(
+            "SELECT * FROM primary_metrics WHERE label = $label ORDER BY actual_delta / step_gap DESC, source_step LIMIT 1",
+            label=of["label"],
         )
-        if top:
-            listed = ", ".join(
-                f"`{row['group_id'].split(':', 1)[1]}` {number(row['contribution'], 3)} "
-                f"({percent(row['share_of_actual'])})"
-                for row in top
-            )
-            parts.append(f"by {name}: {listed}")
-    return f"Most of it, {'; '.join(parts)} (share of the actual change)." if parts else ""
+        assert fastest is not None
+        return [
+            movement(
+                f"{self.head_label}'s rank-{of['rank']} QK separation",
+                of["sum_actual_delta"],
+                results.steps[0],
+                results.steps[-1],
+                fastest,
+                f"{of['growing_intervals']} of {of['num_intervals']} intervals",
+            ),
+            explained(of),
+            carried(results, of["label"]),
+        ]

@@ -72,83 +72,15 @@ FROM chosen_pairs
 
 -- Over all pairs of the first record side, by rank.
 -- view: rank_summary
-SELECT
-  rank,
-  count(*) AS num_intervals,
-  fsum(actual_delta) AS sum_actual_delta,
-  fsum(predicted_delta) AS sum_predicted_delta,
-  fsum(integrated_delta) AS sum_integrated_delta,
-  fsum(support_delta_mean) AS sum_support_delta,
-  fsum(distractor_delta_mean) AS sum_distractor_delta,
-  favg(relative_error) AS mean_relative_error,
-  favg(integrated_relative_error) AS mean_integrated_relative_error,
-  count(*) FILTER (sign_match) AS sign_matches,
-  count(*) FILTER (actual_delta > 0) AS growing_intervals
-FROM metric_rows
-WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
-GROUP BY rank
-ORDER BY rank
-
--- view: summed_contributions
-SELECT
-  rank, group_id, partition_name,
-  fsum(predicted_delta_contribution) AS first_order_contribution,
-  fsum(integrated_delta_contribution) AS integrated_contribution,
-  coalesce(fsum(integrated_delta_contribution), fsum(predicted_delta_contribution)) AS contribution,
-  coalesce(fsum(integrated_delta_contribution), fsum(predicted_delta_contribution)) / nullif(fsum(actual_delta), 0)
-    AS share_of_actual,
-  any_value(num_selected_parameters) AS num_selected_parameters
-FROM decomposition_rows
-WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
-  AND group_kind NOT IN ('global_all', 'parameter_tensor')
-GROUP BY rank, group_id, partition_name
-
--- Within a partition contributions add up; across partitions they overlap.
--- view: largest_contributions
-SELECT * FROM summed_contributions
-QUALIFY row_number() OVER (PARTITION BY rank ORDER BY abs(contribution) DESC, group_id) <= $top_k_groups
-ORDER BY rank, abs(contribution) DESC, group_id
-
--- The first of them, for the page.
--- view: carriers
-SELECT * FROM largest_contributions
-QUALIFY row_number() OVER (PARTITION BY rank ORDER BY abs(contribution) DESC, group_id) <= 10
-ORDER BY rank, abs(contribution) DESC, group_id
-
--- Of the first rank, each kind of group on its own.
--- view: top_groups
-SELECT replace(partition_name, '_', ' ') AS partition, split_part(group_id, ':', 2) AS name, contribution
-FROM summed_contributions
-WHERE rank = $rank[1]
-QUALIFY row_number() OVER (PARTITION BY partition_name ORDER BY abs(contribution) DESC, group_id) <= 12
-ORDER BY list_position(
-  ['module_blocks', 'attention_heads', 'attention_head_projections', 'attention_projections', 'mlp_neurons'], partition_name
-), abs(contribution) DESC, group_id
-
--- view: ledger
-SELECT
-  target_step AS step, rank, format('rank {}', rank) AS series,
-  sum(actual_delta) OVER so_far AS value
-FROM metric_rows
-WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
-WINDOW so_far AS (PARTITION BY rank ORDER BY target_step)
-ORDER BY rank, step
-
--- view: actual_vs_predicted
-SELECT
-  format('{}→{}, rank {}', source_step, target_step, rank) AS interval, format('rank {}', rank) AS series,
-  predicted_delta AS x, actual_delta AS y
-FROM metric_rows
-WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
-ORDER BY rank, source_step
-
--- view: relative_error
-SELECT target_step AS step, format('rank {}, {}', rank, kind) AS series, value
-FROM (
-  UNPIVOT (
-    SELECT target_step, rank, relative_error AS "first order", integrated_relative_error AS integrated
-    FROM metric_rows
-    WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
-  ) ON "first order", integrated INTO NAME kind VALUE value
-)
-ORDER BY series, step
+SELECT s.*, d.rank, d.sum_support_delta, d.sum_distractor_delta
+FROM interval_summary AS s
+JOIN (
+  SELECT
+    'rank ' || rank AS label, rank,
+    fsum(support_delta_mean) AS sum_support_delta,
+    fsum(distractor_delta_mean) AS sum_distractor_delta
+  FROM metric_rows
+  WHERE split = '__all__' AND pair_type = '__all__' AND record_side = $record_side[1]
+  GROUP BY rank
+) AS d USING (label)
+ORDER BY list_position($rank, d.rank)
