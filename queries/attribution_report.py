@@ -42,6 +42,8 @@ class AttributionReport(PairOptions):
     attributed.
     """
 
+    demo_steps = "checkpoints"
+
     min_error_denominator: float = Field(1e-9, gt=0, description="smallest denominator of a relative error")
 
     def scalars(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
