@@ -11,9 +11,9 @@ from pydantic import Field
 from ..lake import Lake
 from .attribution_report import ARITHMETIC, QKRankOptions
 from .chart import StackedBars, Trajectory
-from .markdown import number, percent
 from .report import RowFile, TextTable
 from .results import Results
+from .traced_findings import beside_the_terms, moved_by_terms
 from .traced_report import COMPONENTS, SUMMARY, TracedReport
 
 _STEM = "bilinear_qk_rank_adam_state_attribution"
@@ -161,30 +161,8 @@ class BilinearQKRankAdamStateAttribution(TracedReport, QKRankOptions):
         return [
             line
             for of in results.rows("FROM scalar_summary")
-            for line in _of_rank(self.head_label, of, results)
+            for line in (
+                moved_by_terms(f"{self.head_label}'s {of['label']} QK separation", of, results),
+                beside_the_terms([of], results),
+            )
         ]
-
-
-def _of_rank(head: str, of: dict[str, Any], results: Results) -> list[str]:
-    shares = {
-        row["component"]: row
-        for row in results.rows("SELECT * FROM component_summary WHERE label = $label", label=of["label"])
-    }
-
-    def part(name: str) -> str:
-        return f"{number(shares[name]['sum_delta'], 3)} ({percent(shares[name]['share_of_first_order'])})"
-
-    change = of["sum_actual_delta"]
-    return [
-        f"**{head}'s {of['label']} QK separation {'grew' if change > 0 else 'fell'} by {number(abs(change))}** over "
-        f"{of['num_intervals']:,} recorded steps, {of['start_step']} to {of['end_step']} (in "
-        f"{of['growing_intervals']} of them it "
-        f"grew): carried momentum gave {part('adam_historical_momentum')}, the current gradient "
-        f"{part('adam_current_gradient')}, weight decay {part('weight_decay')}, as shares of the first order "
-        f"{number(of['sum_predicted_delta'])}.",
-        f"Plain SGD at the same learning rate would have given {part('raw_sgd')} along these gradients, clipped SGD "
-        f"{part('clipped_sgd')}; clipping acted in {of['clipped_intervals']} of {of['num_intervals']} steps. First "
-        f"order is "
-        f"{percent(of['mean_relative_error'])} off per step on average, and what float32 rounding left of the split is "
-        f"{number(of['sum_reconstructed_adamw_residual'], 2)}.",
-    ]

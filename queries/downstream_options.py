@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ..lake.schema_attributions import UPDATE_FIELDS
 from .attribution_report import SeparationOptions
@@ -154,12 +154,6 @@ class DownstreamOptions(SeparationOptions):
     @classmethod
     def _each_scalar_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(values))
-
-    @model_validator(mode="after")
-    def _has_two_roles(self) -> DownstreamOptions:
-        if self.support_key_role == self.distractor_key_role:
-            raise ValueError(f"--support-key-role and --distractor-key-role are both {self.support_key_role}")
-        return self
 
     def downstream_scalars(self, sides: Sequence[RecordSide]) -> list[tuple[str, Mapping[str, Any]]]:
         """One per record side and scalar."""
