@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # λ of MMᵀ carry an error of about ε λ₁, so σ = √λ one of ε σ₁² / σ: 1e-12 σ₁ at this share of σ₁.
 _WELL_ABOVE = 1e-4
+# Squares of what is smaller lose digits, or vanish.
+_NO_SQUARES = 1e-140
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,14 @@ def _decomposed(matrices: Floats, ranks: int) -> tuple[Floats, Floats, Floats]:
     with np.errstate(divide="ignore", invalid="ignore"):
         right = left @ matrices / values[:, :count, None]
     half = rows // 2
+    tiny = values[:, 0] < _NO_SQUARES
     steep = ~(values[:, -1] > _WELL_ABOVE * values[:, 0])
     # The upper half stands; what it hides is seen once M is cut to the directions of the lower half.
-    halved = steep & (values[:, max(half, count) - 1] > _WELL_ABOVE * values[:, 0]) & (half >= count)
+    halved = steep & ~tiny & (values[:, max(half, count) - 1] > _WELL_ABOVE * values[:, 0]) & (half >= count)
     if halved.any():
         lower, _, _ = _decomposed(vectors[halved, :, : rows - half].mT @ matrices[halved], 0)
         values[halved, half:] = np.minimum(lower, values[halved, half - 1][:, None])
-    whole = steep & ~halved
+    whole = (steep & ~halved) | tiny
     if whole.any():
         exact_left, values[whole], exact_right = _svd(matrices[whole])
         left[whole], right[whole] = exact_left.mT[:, :count], exact_right[:, :count]
