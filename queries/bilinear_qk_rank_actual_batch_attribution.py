@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ..lake import Lake
+from .actual_batch import ActualBatchReport
 from .attribution_report import QKRankOptions
 from .chart import Trajectory
 from .markdown import number, percent
-from .report import ReportFailed, RowFile, TextTable
+from .report import RowFile, TextTable
 from .results import Results
-from .traced_report import SCALAR_SUMMARY, TracedReport
 
 _STEM = "bilinear_qk_rank_actual_batch_attribution"
 
 
-class BilinearQKRankActualBatchAttribution(TracedReport, QKRankOptions):
+class BilinearQKRankActualBatchAttribution(ActualBatchReport, QKRankOptions):
     """Step by step: would descent on the batch that was drawn have raised a head's rank-r QK separation?
 
     The singular basis is that of each step's source, frozen there.
@@ -145,11 +145,6 @@ class BilinearQKRankActualBatchAttribution(TracedReport, QKRankOptions):
         "route_pair_type": "support_value",
     }
 
-    @classmethod
-    def sql_text(cls) -> str:
-        """Adds the sums over the window."""
-        return f"{super().sql_text()}\n{SCALAR_SUMMARY}"
-
     def scalars(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
         """One per rank."""
         return self.qk_rank_scalars(self.record_side)
@@ -157,21 +152,6 @@ class BilinearQKRankActualBatchAttribution(TracedReport, QKRankOptions):
     def objective(self) -> tuple[str, str]:
         """`--route-split` and `--route-pair-type`."""
         return self.route_split, self.route_pair_type
-
-    def check(self, results: Results) -> None:
-        """One learning rate must have served every parameter, or no one number takes raw_sgd back to the gradient."""
-        super().check(results)
-        several = results.first(
-            "SELECT source_step + 1 AS step, learning_rates FROM optimizer_settings WHERE len(learning_rates) > 1 "
-            "ORDER BY source_step LIMIT 1"
-        )
-        if several:
-            rates = ", ".join(f"{rate:g}" for rate in several["learning_rates"])
-            raise ReportFailed(
-                f"{self.report_name()}: the parameter groups of step {several['step']} have learning rates {rates}; the "
-                "support −∇L·∇C is read from the update's SGD term, which takes one. "
-                "bilinear-qk-rank-adam-state-attribution works with several"
-            )
 
     def facts(self, lake: Lake, results: Results) -> dict[str, Any]:
         """The contract's summary."""

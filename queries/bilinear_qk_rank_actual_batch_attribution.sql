@@ -1,19 +1,3 @@
--- The batch's loss gradient g_L is the recorded one, and the term raw_sgd of the update is -lr g_L: divided by the learning
--- rate, its product with the gradient g_C of the score is what descent on this very batch would do to it, -g_L . g_C.
--- view: supports
-SELECT
-  c.spec, c.source_step, c.target_step,
-  sqrt(c.gradient_squared) AS rank_gradient_l2_norm,
-  c.raw_sgd AS sgd_equivalent,
-  c.raw_sgd / nullif(t.trace_learning_rate, 0) AS support,
-  t.raw_gradient_l2_norm AS loss_gradient_l2_norm,
-  t.negative_loss_dot_actual_update AS loss_reduction
-FROM contributions AS c
-JOIN traced_steps AS t USING (source_step, target_step)
-JOIN (SELECT DISTINCT stored_split, stored_pair_type FROM objective) AS o
-  ON c.split = o.stored_split AND c.pair_type = o.stored_pair_type
-WHERE c.point = 'source' AND c.group_id = 'global:all_named_parameters'
-
 -- rows: route_rows
 SELECT
   t.source_step, t.target_step, t.step_gap, t.source_checkpoint, t.target_checkpoint, t.trace_learning_rate AS learning_rate,
@@ -56,15 +40,14 @@ SELECT
   r.actual_update_rank_match_relative_error, r.actual_update_rank_match_sign_match,
   'actual_batch' AS data_group_id, {'batch_source': 'optimizer_trace'} AS data_group_values,
   'actual_batch' AS loss_side, $loss_scope AS loss_scope, b.loss, b.loss_num_records, b.loss_num_tokens,
-  s.loss_gradient_l2_norm, s.rank_gradient_l2_norm, r.parameter_delta_l2_norm,
+  s.loss_gradient_l2_norm, s.gradient_l2_norm AS rank_gradient_l2_norm, r.parameter_delta_l2_norm,
   -s.support AS loss_dot_rank_gradient, s.support AS negative_loss_dot_rank_gradient,
-  s.support / nullif(s.loss_gradient_l2_norm * s.rank_gradient_l2_norm, 0) AS loss_negative_rank_gradient_cosine,
+  s.support_cosine AS loss_negative_rank_gradient_cosine,
   s.sgd_equivalent AS sgd_equivalent_rank_match_delta_linearized,
   -s.loss_reduction AS loss_dot_actual_update, s.loss_reduction AS negative_loss_dot_actual_update,
   s.loss_reduction AS loss_reduction_under_actual_update_linearized,
-  s.loss_reduction / nullif(s.loss_gradient_l2_norm * r.parameter_delta_l2_norm, 0) AS loss_negative_actual_update_cosine,
-  -s.support / nullif(s.loss_gradient_l2_norm * s.rank_gradient_l2_norm, 0) AS loss_rank_gradient_cosine,
-  -s.loss_reduction / nullif(s.loss_gradient_l2_norm * r.parameter_delta_l2_norm, 0) AS loss_actual_update_cosine,
+  s.loss_reduction_cosine AS loss_negative_actual_update_cosine,
+  -s.support_cosine AS loss_rank_gradient_cosine, -s.loss_reduction_cosine AS loss_actual_update_cosine,
   b.* EXCLUDE (source_step, target_step, loss, loss_num_records, loss_num_tokens)
 FROM route_rows AS r
 JOIN labels AS l USING (rank)
@@ -82,21 +65,10 @@ WHERE $route_split IN ('__all__', split) AND $route_pair_type IN ('__all__', pai
 -- By rank and data group, the groups that support the score most first.
 -- view: data_group_summary
 SELECT
-  'rank ' || rank AS label, data_group_id, any_value(data_group_values) AS data_group_values, count(*) AS num_intervals,
-  fsum(negative_loss_dot_rank_gradient) AS sum_support,
-  fsum(sgd_equivalent_rank_match_delta_linearized) AS sum_sgd_equivalent,
-  fsum(actual_rank_match_delta) AS sum_actual_delta,
-  fsum(sgd_equivalent_rank_match_delta_linearized) / nullif(fsum(actual_rank_match_delta), 0)
-    AS sgd_equivalent_share_of_actual,
-  fsum(loss_reduction_under_actual_update_linearized) AS sum_loss_reduction,
-  favg(loss_negative_rank_gradient_cosine) AS mean_support_cosine,
-  favg(loss_negative_actual_update_cosine) AS mean_loss_reduction_cosine,
-  favg(loss) AS mean_loss,
-  count(*) FILTER (negative_loss_dot_rank_gradient > 0) AS supporting_intervals
-FROM actual_batch_rows
-GROUP BY rank, data_group_id
-QUALIFY row_number() OVER (PARTITION BY rank ORDER BY abs(sum_support) DESC, data_group_id) <= $top_k_data_groups
-ORDER BY list_position($rank, rank), abs(sum_support) DESC, data_group_id
+  s.* EXCLUDE (position), {'batch_source': 'optimizer_trace'} AS data_group_values
+FROM batch_summary AS s
+QUALIFY row_number() OVER (PARTITION BY label ORDER BY abs(sum_support) DESC, data_group_id) <= $top_k_data_groups
+ORDER BY position, abs(sum_support) DESC, data_group_id
 
 -- The steps whose batch stood most for or against the score, by rank.
 -- view: top_steps
