@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import formation_lake, route_lake, trained_probe_lake
+from tests import attribution_lake, downstream_lake, formation_lake, route_lake, trained_probe_lake
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +27,15 @@ def formation_lake_path(tmp_path_factory) -> Path:
 def route_lake_path(tmp_path_factory) -> Path:
     """A short recorded training with a probe and one of training records: read it, do not write it."""
     return route_lake.build(tmp_path_factory.mktemp("routes"))
+
+
+@pytest.fixture(scope="session")
+def attribution_lake_path(tmp_path_factory) -> Path:
+    """A short recorded training with a probe; tests of reports copy it, and extract what they need: do not write it."""
+    return attribution_lake.build(tmp_path_factory.mktemp("attributed"))
+
+
+@pytest.fixture(scope="session")
+def downstream_lake_path(tmp_path_factory) -> Path:
+    """A short recorded training with a probe: copy it before you extract."""
+    return downstream_lake.build(tmp_path_factory.mktemp("downstream"))
