@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from .attribution_report import ARITHMETIC, require_rank
 from .chart import Bars, StackedBars, Trajectory
@@ -136,6 +136,12 @@ class QKSeparationLedger(TracedReport):
             if not re.fullmatch(r"L\d+H\d+", value):
                 raise ValueError(f"{value!r} is no head: write it as L2H1")
         return tuple(dict.fromkeys(values))
+
+    @model_validator(mode="after")
+    def _has_two_roles(self) -> QKSeparationLedger:
+        if self.support_key_role == self.distractor_key_role:
+            raise ValueError(f"--support-key-role and --distractor-key-role are both {self.support_key_role}")
+        return self
 
     @classmethod
     def sql_text(cls) -> str:
