@@ -203,6 +203,20 @@ WITH selected AS (
   FROM group_parts AS g
   JOIN parameters AS p ON p.run = $run AND g.slice_kind = 'parameter' AND p.parameter = g.slice
 ),
+-- The heads' slices of a projection are the whole of it: one selection.
+merged AS (
+  SELECT
+    group_id, parameter, min(row_start) AS row_start, max(row_stop) AS row_stop, min(column_start) AS column_start,
+    max(column_stop) AS column_stop, sum(numel)::BIGINT AS numel
+  FROM (
+    SELECT s.*, CASE
+      WHEN sum(s.numel) OVER (PARTITION BY s.group_id, s.parameter) < p.numel THEN (s.row_start, s.column_start)
+    END AS part
+    FROM selected AS s
+    JOIN parameters AS p ON p.run = $run AND p.parameter = s.parameter
+  )
+  GROUP BY group_id, parameter, part
+),
 summed AS (
   SELECT
     s.group_id,
@@ -220,7 +234,7 @@ summed AS (
       } ORDER BY p.position, s.row_start, s.column_start
     ) AS selections,
     list(DISTINCT tied ORDER BY tied) FILTER (tied IS NOT NULL) AS tied
-  FROM selected AS s
+  FROM merged AS s
   JOIN parameters AS p ON p.run = $run AND p.parameter = s.parameter
   LEFT JOIN (SELECT parameter, unnest(tied_to) AS tied FROM parameters WHERE run = $run) AS t ON t.parameter = s.parameter
   GROUP BY s.group_id
