@@ -1,6 +1,5 @@
 """Downstream scalars on trained weights: values and gradients against a float64 decoder, identities, and what is refused."""
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lakebed.engine.adapters import load_adapter
 from lakebed.engine.capture import CaptureError
-from lakebed.engine.readout import Choices
-from lakebed.engine.scalars import Pairs, Records, ScalarError, build_scalar
+from lakebed.engine.scalars import ScalarError, build_scalar
 from lakebed.engine.scalars.downstream import SCALARS
-from lakebed.engine.scalars.measure import PairBatch, Task, measure
+from lakebed.engine.scalars.measure import Task, measure
 from lakebed.lake import Lake
 
 from tests import downstream_lake
+from tests.downstream_records import batch_of
 from tests.queries.downstream_reference import SCALARS as NAMES
 from tests.queries.downstream_reference import competitors, readout, scalars
 from tests.queries.float64_decoder import Decoder, load_events, load_weights
@@ -47,7 +46,7 @@ def world(tmp_path_factory):
     ]
     # Of several records and lengths, and two events of one.
     chosen = [*fit[:2], *fit[2 :: len(fit) // 5][:5]]
-    assert len({event.example for event in chosen}) > 3
+    assert len({event.example for event in chosen}) > 2
     assert len({len(event.tokens) for event in chosen}) > 1
     return SimpleNamespace(
         weights=weights,
@@ -55,38 +54,6 @@ def world(tmp_path_factory):
         events=chosen,
         adapter=load_adapter("symbolic_kv", downstream_lake.config().canonical_json()),
     )
-
-
-def records_of(events):
-    """Records as an extractor makes them, from events alone."""
-    examples = list(dict.fromkeys(event.example for event in events))
-    longest = max(len(event.tokens) for event in events)
-    tokens = {event.example: event.tokens + [0] * (longest - len(event.tokens)) for event in events}
-    candidates = sorted(events[0].competitors)
-    wrong = torch.zeros(len(events), len(candidates))
-    answer = torch.tensor([candidates.index(event.answer) for event in events])
-    wrong[torch.arange(len(events)), answer] = -math.inf
-    roles = {}
-    for role in events[0].roles:
-        roles[role] = torch.zeros(len(events), longest, dtype=torch.bool)
-        for at, event in enumerate(events):
-            roles[role][at, event.roles[role]] = True
-    row = torch.tensor([examples.index(event.example) for event in events])
-    distinct = torch.tensor([tokens[example] for example in examples])
-    return Records(
-        tokens=distinct[row],
-        distinct=distinct,
-        row=row,
-        length=torch.tensor([len(event.tokens) for event in events]),
-        prediction=torch.tensor([event.prediction for event in events]),
-        choices=Choices(torch.tensor(candidates), answer, wrong),
-        roles=roles,
-    )
-
-
-def batch_of(events):
-    pairs = Pairs({"clean": records_of(events)}, torch.zeros(len(events), 2, dtype=torch.long))
-    return PairBatch(pairs, 0)
 
 
 def scalar(name, head=HEAD, roles=ROLES):
