@@ -156,6 +156,6 @@ def _of_route(of: dict[str, Any], steps: list[int]) -> str:
         f"{of['num_intervals']} steps**, and {'for' if of['sum_support'] > 0 else 'against'} it in sum: −∇L·∇R adds up to "
         f"{number(of['sum_support'], 3)} (mean cosine {number(of['mean_support_cosine'], 2)}). Plain SGD would have moved "
         f"its score by {number(of['sum_sgd_equivalent'], 3)}; it {'grew' if change > 0 else 'fell'} by "
-        f"{number(abs(change), 3)} ({number(of['sum_predicted_delta'], 3)} to first order, the sign right in {percent(of['sign_match_fraction'])} of "
-        "steps)."
+        f"{number(abs(change), 3)} ({number(of['sum_predicted_delta'], 3)} to first order, the sign right in "
+        f"{percent(of['sign_match_fraction'])} of steps)."
     )
