@@ -112,7 +112,7 @@ def rank_scores(w, heads, head, event, roles, basis, stage, mode="head_ln1"):
 
 def gradient(value, w):
     """Gradients by name, zero where nothing reaches."""
-    found = torch.autograd.grad(value, list(w.values()), allow_unused=True)
+    found = torch.autograd.grad(value, list(w.values()), allow_unused=True, retain_graph=True)
     return {
         name: torch.zeros_like(of) if g is None else g for (name, of), g in zip(w.items(), found, strict=True)
     }
