@@ -11,12 +11,14 @@ from pydantic import Field, field_validator, model_validator
 from ..lake.datasets import ATTRIBUTIONS, UPDATE_NORMS, Need, attribution_parameters
 from ..lake.names import canonical_json, spec_id
 from .attribution_sql import DECOMPOSITION, PRELUDE
+from .markdown import percent
 from .pair_selection import PairOptions, RecordSide
 from .probe_report import HeadReport, ProbeReport, require_roles, require_stages
 from .separation_sql import QK_RANKS, SEPARATIONS
 
 if TYPE_CHECKING:
     from ..lake import Lake
+    from .results import Results
 
 Decomposition = Literal[
     "parameter_tensors", "module_blocks", "attention_projections", "attention_heads", "mlp_neurons"
@@ -115,8 +117,7 @@ class DecomposedReport(AttributionReport):
         ge=0,
         le=64,
         description="points on the straight path from source to target at which the gradient is taken too "
-        "(Gauss-Legendre), "
-        "so that contributions add up to the actual change; 0: at the source alone",
+        "(Gauss-Legendre), so that contributions add up to the actual change; 0: at the source alone",
     )
 
     @field_validator("decompose")
@@ -127,6 +128,23 @@ class DecomposedReport(AttributionReport):
     def points(self) -> int:
         """`--integrate`."""
         return self.integrate
+
+    def warnings(self, results: Results) -> list[str]:
+        """That the path was not followed closely enough for contributions to add up to the change."""
+        worst = results.first(
+            "SELECT source_step, target_step, integrated_relative_error AS error FROM metrics "
+            "WHERE split = '__all__' AND pair_type = '__all__' AND integrated_relative_error > 0.01 "
+            "AND absolute_error > $min_error_denominator ORDER BY error DESC LIMIT 1",
+            min_error_denominator=self.min_error_denominator,
+        )
+        lines = super().warnings(results)
+        if worst is None:
+            return lines
+        return [
+            *lines,
+            f"Integrated with {self.integrate} points, contributions are still {percent(worst['error'])} off the change from "
+            f"step {worst['source_step']} to {worst['target_step']}: raise --integrate, or take shorter intervals.",
+        ]
 
     def group_kinds(self) -> Sequence[str]:
         """Those of `--decompose`."""

@@ -213,8 +213,7 @@ class TracedReport(AttributionReport):
         if self.loss_scope == "answer":
             raise ValueError(
                 "--loss-scope answer: the optimizer stepped along the gradient of the full language-model loss, and "
-                "that is "
-                "what was recorded; an answer-only gradient has no AdamW terms. Use full_lm"
+                "that is what was recorded; an answer-only gradient has no AdamW terms. Use full_lm"
             )
         return self
 
@@ -228,8 +227,8 @@ class TracedReport(AttributionReport):
         return {**super().parameters(), "objective_split": split, "objective_pair_type": pair_type}
 
     def check(self, results: Results) -> None:
-        """Every interval must be one recorded step, its gradient the one that was logged, and the cell must have "
-        "pairs."""
+        """Every interval must be one recorded step, its gradient the one that was logged, and the cell must have
+        pairs."""
         name = self.report_name()
         unrecorded = results.first(
             "SELECT source_step, target_step FROM intervals WHERE recorded_step IS NULL ORDER BY source_step LIMIT 1"
@@ -238,10 +237,8 @@ class TracedReport(AttributionReport):
             source, target = unrecorded["source_step"], unrecorded["target_step"]
             raise ReportFailed(
                 f"{name}: the update from step {source} to {target} of run {results.run!r} was not recorded as one "
-                f"step, so "
-                f"its terms are not known: ask for neighbouring recorded steps, such as --steps "
-                f"{source}:{source + 64}, or "
-                f"record them with lakebed trace --lake {results.lake.uri} --run {results.run} --from-step {source} "
+                f"step, so its terms are not known: ask for neighbouring recorded steps, such as --steps "
+                f"{source}:{source + 64}, or record them with lakebed trace --lake {results.lake.uri} --run {results.run} --from-step {source} "
                 f"--num-steps 64"
             )
         _check_norms(results, name, self.grad_norm_match_tolerance)
