@@ -32,8 +32,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
 }
 ARITHMETIC = (
     "The terms say what the update is the sum of. That is arithmetic and not a counterfactual: without one of them "
-    "the later "
-    "gradients, and the denominator that all Adam terms share, would have been others."
+    "the later gradients, and the denominator that all Adam terms share, would have been others."
 )
 
 
@@ -44,7 +43,7 @@ class AttributionReport(PairOptions):
     attributed.
     """
 
-    demo_steps = "checkpoints"
+    demo_steps: ClassVar[Literal["states", "checkpoints", "window"]] = "checkpoints"
 
     min_error_denominator: float = Field(1e-9, gt=0, description="smallest denominator of a relative error")
 
@@ -142,8 +141,8 @@ class DecomposedReport(AttributionReport):
             return lines
         return [
             *lines,
-            f"Integrated with {self.integrate} points, contributions are still {percent(worst['error'])} off the change from "
-            f"step {worst['source_step']} to {worst['target_step']}: raise --integrate, or take shorter intervals.",
+            f"Integrated with {self.integrate} points, contributions are still {percent(worst['error'])} off the change "
+            f"from step {worst['source_step']} to {worst['target_step']}: raise --integrate, or take shorter intervals.",
         ]
 
     def group_kinds(self) -> Sequence[str]:

@@ -170,7 +170,7 @@ class TracedReport(AttributionReport):
     """
 
     more_views: ClassVar[str] = _VIEWS
-    demo_steps = "window"
+    demo_steps: ClassVar[Literal["states", "checkpoints", "window"]] = "window"
 
     pair_type: tuple[PairType, ...] = Field((), description="type of causal patch pair that is built")
     route_pair_source_type: tuple[PairType, ...] = Field((), description="the same as --pair-type")
@@ -238,8 +238,8 @@ class TracedReport(AttributionReport):
             raise ReportFailed(
                 f"{name}: the update from step {source} to {target} of run {results.run!r} was not recorded as one "
                 f"step, so its terms are not known: ask for neighbouring recorded steps, such as --steps "
-                f"{source}:{source + 64}, or record them with lakebed trace --lake {results.lake.uri} --run {results.run} --from-step {source} "
-                f"--num-steps 64"
+                f"{source}:{source + 64}, or record them with lakebed trace --lake {results.lake.uri} "
+                f"--run {results.run} --from-step {source} --num-steps 64"
             )
         _check_norms(results, name, self.grad_norm_match_tolerance)
         if not results.value("SELECT count(*) FROM objective"):
