@@ -203,3 +203,55 @@ def restricted(field, group):
 def cosine(one, other):
     sizes = np.linalg.norm(one) * np.linalg.norm(other)
     return float(one @ other / sizes) if sizes else None
+
+
+def identifiers(source, target, head, roles, side):
+    """The columns that name interval, head, roles and record side in every row of both reports."""
+    return {
+        "source_step": source,
+        "target_step": target,
+        "step_gap": target - source,
+        "source_checkpoint": f"step_{source:06d}",
+        "target_checkpoint": f"step_{target:06d}",
+        "head_layer": head[0],
+        "head": head[1],
+        "head_label": f"L{head[0]}H{head[1]}",
+        **dict(zip(("score_query_role", "support_key_role", "distractor_key_role"), roles, strict=True)),
+        "record_side": side,
+    }
+
+
+def scalar_row(reference, source, target, side, pair, name):
+    """A pair's row of scalar_rows."""
+    head, roles = reference.head, reference.roles
+    event = reference.event(pair, side)
+    at = event.roles[roles[0]][0]
+    before, after = (reference.at(step, source, side, pair[side])[name] for step in (source, target))
+    correct, wrong = [], []
+    for step in (source, target):
+        decoder = reference.decoder(step)
+        logits = decoder.forward(event.tokens).logits[event.prediction]
+        correct.append(bool(logits.argmax() == event.answer))
+        wrong.append(competitors(decoder, head, event, roles).get(name))
+    support, distractors = ([p for p in event.roles[role] if p <= at] for role in roles[1:])
+    return {
+        **identifiers(source, target, head, roles, side),
+        **{
+            key: pair[key]
+            for key in ("split", "pair_type", "pair_id", "source_sample_id", "source_query_index")
+        },
+        "query_position": at,
+        "support_positions": support,
+        "distractor_positions": distractors,
+        "num_support_positions": len(support),
+        "num_distractor_positions": len(distractors),
+        "answer_token_id": event.answer,
+        "source_answer_correct": correct[0],
+        "target_answer_correct": correct[1],
+        "source_best_wrong_token_id": wrong[0],
+        "target_best_wrong_token_id": wrong[1],
+        "scalar_name": name,
+        "source_value": before,
+        "target_value": after,
+        "actual_delta": after - before,
+    }

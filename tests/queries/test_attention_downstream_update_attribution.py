@@ -12,22 +12,25 @@ import pytest
 import torch
 from lakebed.engine.adapters import load_adapter
 from lakebed.engine.scalars import build_scalar
-from lakebed.engine.scalars.downstream import SCALARS as ENGINE_SCALARS
 from lakebed.engine.scalars.measure import Task, measure
 from lakebed.extractors.plan import extract
 from lakebed.lake import Lake
-from lakebed.lake.errors import MissingData, UnknownName
-from lakebed.queries.downstream_options import ALL_NINE
-from lakebed.queries.pair_selection import TooFewPairs
 from lakebed.queries.registry import load_report
-from lakebed.queries.report import InvalidOption
 from lakebed.queries.run import run_report
 
 from tests import downstream_lake
 from tests.downstream_records import batch_of
 
 from .conftest import assert_same
-from .downstream_reference import SCALARS, Reference, competitors, cosine, parameter_groups, restricted
+from .downstream_reference import (
+    SCALARS,
+    Reference,
+    cosine,
+    identifiers,
+    parameter_groups,
+    restricted,
+    scalar_row,
+)
 
 STEPS = (34, 36, 37)
 HEAD, ROLES = (1, 2), ("prediction", "support_value", "value_distractors")
@@ -76,57 +79,6 @@ def found(lake, tmp_path_factory):
     return rows, json.loads(Path(printed["report"]).read_text()), Path(printed["markdown"]).read_text()
 
 
-def identifiers(source, target, side):
-    return {
-        "source_step": source,
-        "target_step": target,
-        "step_gap": target - source,
-        "source_checkpoint": f"step_{source:06d}",
-        "target_checkpoint": f"step_{target:06d}",
-        "head_layer": 1,
-        "head": 2,
-        "head_label": "L1H2",
-        "score_query_role": ROLES[0],
-        "support_key_role": ROLES[1],
-        "distractor_key_role": ROLES[2],
-        "record_side": side,
-    }
-
-
-def scalar_row(reference, source, target, side, pair, name):
-    event = reference.event(pair, side)
-    at = event.roles[ROLES[0]][0]
-    before, after = (reference.at(step, source, side, pair[side])[name] for step in (source, target))
-    correct, wrong = [], []
-    for step in (source, target):
-        decoder = reference.decoder(step)
-        logits = decoder.forward(event.tokens).logits[event.prediction]
-        correct.append(bool(logits.argmax() == event.answer))
-        wrong.append(competitors(decoder, HEAD, event, ROLES).get(name))
-    support, distractors = ([p for p in event.roles[role] if p <= at] for role in ROLES[1:])
-    return {
-        **identifiers(source, target, side),
-        **{
-            key: pair[key]
-            for key in ("split", "pair_type", "pair_id", "source_sample_id", "source_query_index")
-        },
-        "query_position": at,
-        "support_positions": support,
-        "distractor_positions": distractors,
-        "num_support_positions": len(support),
-        "num_distractor_positions": len(distractors),
-        "answer_token_id": event.answer,
-        "source_answer_correct": correct[0],
-        "target_answer_correct": correct[1],
-        "source_best_wrong_token_id": wrong[0],
-        "target_best_wrong_token_id": wrong[1],
-        "scalar_name": name,
-        "source_value": before,
-        "target_value": after,
-        "actual_delta": after - before,
-    }
-
-
 @pytest.fixture(scope="module")
 def expected(reference):
     """Scalar rows in report order."""
@@ -142,11 +94,6 @@ def expected(reference):
 def test_the_pairs_are_of_several_splits_and_types(reference):
     assert len({pair["split"] for pair in reference.pairs}) == 2
     assert {pair["pair_type"] for pair in reference.pairs} == set(TYPES)
-
-
-def test_the_names_are_those_of_the_engine():
-    assert set(SCALARS) == set(ENGINE_SCALARS)
-    assert report(scalar=None).scalar == ALL_NINE == SCALARS[:9]
 
 
 def test_scalar_rows_are_the_definition(found, expected):
@@ -187,7 +134,7 @@ def test_metric_rows_are_means_over_cells(found, expected):
         residual = row["actual_delta"] - predicted
         wrong = [(of["source_best_wrong_token_id"], of["target_best_wrong_token_id"]) for of in held]
         wanted = {
-            **identifiers(source, target, row["record_side"]),
+            **identifiers(source, target, HEAD, ROLES, row["record_side"]),
             "learning_rate": 0.01,
             "num_pairs": len(held),
             "num_entries": len(held),
@@ -304,7 +251,7 @@ def test_decomposition_rows_cut_gradient_and_update_slice_by_slice(found, refere
         assert_same(
             row,
             {
-                **identifiers(source, target, "clean"),
+                **identifiers(source, target, HEAD, ROLES, "clean"),
                 "predicted_delta_contribution": contribution,
                 "contribution_per_parameter": contribution / len(delta),
                 "num_selected_parameters": len(delta),
@@ -448,26 +395,3 @@ def test_the_page_leads_with_what_moved(found):
     first = page.split("\n- `", 2)[1].split("`")[0]
     assert "L1H2's own W_Q, W_K, W_V and W_O account for" in page
     assert first in table
-
-
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"scalar": ("qk_ov",)}, InvalidOption, "--scalar should be 'attention_separation', .* or 'qk_ov_product', not 'qk_ov'"),
-    ({"distractor_key_role": "support_value"}, InvalidOption, "are both support_value"),
-    ({"head": "L2H0"}, UnknownName, "no head L2H0; run 'r' has layers 0–1, heads 0–3"),
-    ({"support_key_role": "support"}, UnknownName, "no role 'support'; the events of probe 'probe' have"),
-    ({"min_pairs_per_type": 60, "max_pairs_per_type": 64}, TooFewPairs, "support_value [0-9]+, distractor [0-9]+, and at least 60"),
-    ({"steps": "34"}, MissingData, "an update lies between two steps"),
-    ({"steps": "34,37"}, MissingData, "lakebed extract --for attention-downstream-update-attribution .*--steps 34,37"),
-    ({"decompose": ("heads",)}, InvalidOption, "--decompose"),
-    ({"top_k_groups": 0}, InvalidOption, "--top-k-groups should be greater than or equal to 1"),
-])  # fmt: skip
-def test_what_is_refused(lake, tmp_path, options, error, message):
-    with pytest.raises(error, match=message):
-        run_report(lake, report(**options), tmp_path / "out", chart_formats=[])
-    assert not (tmp_path / "out").exists()
-
-
-def test_keys_of_a_role_must_lie_before_the_query(lake, tmp_path):
-    with pytest.raises(Exception, match="'support_value' has no position up to the query"):
-        needs = report(score_query_role="support_key", scalar=("attention_separation",)).needs()
-        extract(lake, downstream_lake.RUN, needs, OPTIONS["steps"])
