@@ -14,36 +14,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..forward import Model
-from . import Basis, Evaluation, Passes, Scalar, Side, mean_over, parse_head
+from . import Basis, Evaluation, Passes, mean_over
 from .retrieval import Retrieval
-from .roles import SeparationRoles
+from .roles import HeadScalar
 
 Component = Literal["score", "q_side", "k_side"]
 COMPONENTS: tuple[Component, ...] = ("score", "q_side", "k_side")
 
 
-class AttentionScoreSeparation(SeparationRoles, Scalar):
+class AttentionScoreSeparation(HeadScalar):
     """Mean score over support keys minus mean score over distractor keys, both up to the query."""
 
     name = "attention_score_separation"
-    head: str
     component: Component = "score"
-    record_side: Side = "clean"
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """The side that is scored."""
-        return (self.record_side,)
-
-    @property
-    def head_of(self) -> tuple[int, int]:
-        """The head whose scores they are."""
-        return parse_head(self.head)
-
-    def check(self, model: Model) -> None:
-        """The head."""
-        parse_head(self.head, model)
 
     def freeze(self, passes: Passes, basis: Basis) -> Mapping[str, Tensor]:
         """The side that does not move: keys `Float[pair, position, d_head]` or query `Float[pair, d_head]`."""

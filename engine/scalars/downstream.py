@@ -15,36 +15,18 @@ import torch
 from torch import Tensor
 
 from ..capture import require_margin
-from ..forward import Model
 from ..readout import final_readout, readout_gradient
-from . import Basis, Evaluation, Passes, Scalar, Side, mean_over, parse_head
+from . import Basis, Evaluation, Passes, mean_over
 from .retrieval import Margin, Retrieval, at_prediction
-from .roles import SeparationRoles
+from .roles import HeadScalar
 
 
-class DownstreamScalar(SeparationRoles, Scalar):
-    """Base: one head, its three roles, and the record that is measured.
+class DownstreamScalar(HeadScalar):
+    """Base. Scalars of the answer name a head too, so that all of them have the same parameters.
 
     Beside the value a pair has `answer_correct` (1 where the answer is the most probable token), `support_scores` and
     `distractor_scores` (number of keys), and, for a margin, `best_wrong_token` (the competitor it is held against).
     """
-
-    head: str
-    record_side: Side = "clean"
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """The side that is measured."""
-        return (self.record_side,)
-
-    @property
-    def head_of(self) -> tuple[int, int]:
-        """The head; scalars of the answer name one too, so that all of them have the same parameters."""
-        return parse_head(self.head)
-
-    def check(self, model: Model) -> None:
-        """The head must be one of the model's."""
-        parse_head(self.head, model)
 
     def evaluate(self, passes: Passes, basis: Basis, frozen: Mapping[str, Tensor]) -> Evaluation:
         """The scalar and its company."""

@@ -19,39 +19,24 @@ from . import (
     Basis,
     Evaluation,
     Passes,
-    Scalar,
     ScalarError,
-    Side,
     check_stage,
     mean_over,
-    parse_head,
 )
-from .roles import SeparationRoles
+from .roles import HeadScalar
 
 
-class QKRankSeparation(SeparationRoles, Scalar):
+class QKRankSeparation(HeadScalar):
     """Mean over support keys minus mean over distractor keys of the score cut to `rank` singular directions."""
 
     name = "qk_rank_separation"
-    head: str
     rank: int = Field(ge=1)
     stage: str
     layernorm_mode: str = Field("head_ln1", pattern="^(head_ln1|none)$")
-    record_side: Side = "clean"
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """The side that is scored."""
-        return (self.record_side,)
-
-    @property
-    def head_of(self) -> tuple[int, int]:
-        """The head whose form it is."""
-        return parse_head(self.head)
 
     def check(self, model: Model) -> None:
         """The head, the stage, and a rank within the head's width."""
-        parse_head(self.head, model)
+        super().check(model)
         check_stage(self.stage, model)
         if self.rank > model.d_head:
             raise ScalarError(

@@ -8,7 +8,8 @@ from typing import Self
 from pydantic import BaseModel, model_validator
 from torch import Tensor
 
-from . import Evaluation, Records
+from ..forward import Model
+from . import Evaluation, Records, Scalar, Side, parse_head
 
 
 class SeparationRoles(BaseModel):
@@ -54,3 +55,24 @@ class SeparationRoles(BaseModel):
                 "distractor_scores": distractors.sum(-1).to(held),
             },
         )
+
+
+class HeadScalar(SeparationRoles, Scalar):
+    """Base of scalars of one head that hold its support against its distractors, on one record of a pair."""
+
+    head: str
+    record_side: Side = "clean"
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The side that is measured."""
+        return (self.record_side,)
+
+    @property
+    def head_of(self) -> tuple[int, int]:
+        """Layer and head."""
+        return parse_head(self.head)
+
+    def check(self, model: Model) -> None:
+        """The head must be one of the model's."""
+        parse_head(self.head, model)
