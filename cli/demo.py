@@ -57,7 +57,7 @@ def demo(lake_uri: str, out: str, config: str, num_steps: int | None, threads: i
             build_probe(lake, RUN)
             _extract(lake, bars)
         with _timed(clock, "reports"):
-            reports = _run_reports(lake, Path(out), bars)
+            reports = _run_reports(lake_uri, _last_step(lake), Path(out), bars)
         size = sum(row["bytes"] for row in lake.summary())
     accuracy = result.metrics.get("validation_iid", {}).get("answer_accuracy")
     index = _write_index(Path(out), lake_uri, accuracy, result.step, size, clock, reports)
@@ -97,15 +97,17 @@ def _steps(last: int) -> dict[str, str]:
     }
 
 
-def _reports(last: int) -> list[Any]:
-    from ..queries.registry import load_report, report_names
+def _report(name: str, last: int) -> Any:
+    from ..queries.registry import load_report
 
-    classes = [load_report(name) for name in report_names()]
-    steps = _steps(last)
-    return [
-        report.parse({"run": RUN, "steps": steps.get(report.demo_steps), **report.demo_options})
-        for report in classes
-    ]
+    report = load_report(name)
+    return report.parse({"run": RUN, "steps": _steps(last).get(report.demo_steps), **report.demo_options})
+
+
+def _reports(last: int) -> list[Any]:
+    from ..queries.registry import report_names
+
+    return [_report(name, last) for name in report_names()]
 
 
 def _last_step(lake: Any) -> int:
@@ -115,7 +117,7 @@ def _last_step(lake: Any) -> int:
 
 def _extract(lake: Any, bars: Any) -> None:
     from ..extractors.plan import extract
-    from ..lake.datasets import MOMENTS, OF_INTERVALS, SVD, WEIGHTS
+    from ..lake.datasets import SVD
     from ..lake.names import canonical_json
 
     last = _last_step(lake)
@@ -124,7 +126,7 @@ def _extract(lake: Any, bars: Any) -> None:
         canonical_json([need.dataset, dict(need.parameters)]): need
         for report in reports
         for need in report.needs()
-        if need.dataset not in OF_INTERVALS
+        if report.demo_steps == "states"
     }
     # About fifty points for the charts of weights, half as many for those of forward passes; steps between anchors are
     # replayed. A report takes the steps at which everything it needs is there.
@@ -133,25 +135,39 @@ def _extract(lake: Any, bars: Any) -> None:
     of_passes = [need for need in needs.values() if need not in of_weights]
     extract(lake, RUN, of_weights, f"0:{last}:{stride},last", progress=bars)
     extract(lake, RUN, of_passes, f"0:{last}:{2 * stride},last", progress=bars)
-    # Reports about single updates take a step and the next one: these, with those above.
-    states = [need for need in needs.values() if need.dataset in (WEIGHTS, MOMENTS)]
-    extract(lake, RUN, states, f"1:{last}:{2 * stride}", progress=bars)
     for spacing, steps in _steps(last).items():
         updates = [need for report in reports if report.demo_steps == spacing for need in report.needs()]
         extract(lake, RUN, updates, steps, progress=bars)
 
 
-def _run_reports(lake: Any, out: Path, bars: Any) -> dict[str, dict[str, Any]]:
+def _run_reports(lake_uri: str, last: int, out: Path, bars: Any) -> dict[str, dict[str, Any]]:
+    """Every report, several at a time: they share nothing but the lake."""
+    import os
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    from ..queries.registry import report_names
+
+    names = report_names()
+    bars.start("reports", len(names))
+    written: dict[str, dict[str, Any]] = {}
+    # Fresh processes: a fork of one in which torch has threads may hang.
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
+        running = {pool.submit(_run_report, lake_uri, last, name, out): name for name in names}
+        for done in as_completed(running):
+            written[running[done]] = done.result()
+            bars.advance(note=running[done])
+    return {name: written[name] for name in names}
+
+
+def _run_report(lake_uri: str, last: int, name: str, out: Path) -> dict[str, Any]:
+    from ..lake import Lake
     from ..queries.run import run_report
 
-    reports = _reports(_last_step(lake))
-    bars.start("reports", len(reports))
-    written: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        name = report.report_name()
-        written[name] = run_report(lake, report, out / name, overwrite=True, chart_formats=("svg", "html"))
-        bars.advance(note=name)
-    return written
+    with Lake.open(lake_uri) as lake:
+        return run_report(
+            lake, _report(name, last), out / name, overwrite=True, chart_formats=("svg", "html")
+        )
 
 
 def _write_index(

@@ -165,6 +165,8 @@ class AdamStateGeometryReport(IntervalOptions):
             "'blocks.0.attn.q_proj.weight' AND step = 21 ORDER BY squared DESC LIMIT 8",
         ),
     )
+    demo_steps: ClassVar[Literal["states", "checkpoints", "window"]] = "window"
+    demo_options: ClassVar[Mapping[str, Any]] = {"checkpoint_stride": 8}
     example: ClassVar[str] = (
         "lakebed query adam-state-geometry-report --lake demo.lake --run demo --steps 20:24 --target L1H0.W_QK "
         "--target L1H0.W_OV --out geometry"
