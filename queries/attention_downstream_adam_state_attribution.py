@@ -16,7 +16,7 @@ from .key_roles import check_key_rule
 from .markdown import number, percent
 from .report import InvalidOption, RowFile, TextTable
 from .results import Results
-from .traced_findings import beside_the_terms, moved_by_terms
+from .traced_findings import COMPONENT_TABLE, EXACTNESS_TABLE, beside_the_terms, moved_by_terms
 from .traced_report import COMPONENTS, SUMMARY, TracedReport
 
 _STEM = "attention_downstream_adam_state_attribution"
@@ -60,21 +60,7 @@ class AttentionDownstreamAdamStateAttribution(TracedReport, DownstreamOptions):
         for name in ("metric_rows", "component_rows", "group_rows", "route_pair_rows")
     }
     tables = (
-        TextTable(
-            "component_summary",
-            "Sums over the window",
-            {
-                "scalar": "label",
-                "component": "component",
-                "Σ change": "sum_delta",
-                "share of the actual change": "share_of_actual",
-                "share of its first order": "share_of_first_order",
-                "mean cosine with the gradient": "mean_cosine",
-                "mean norm": "mean_l2_norm",
-            },
-            about="Current gradient, historical momentum and weight decay add up to the first order of the actual update; "
-            "raw and clipped SGD stand beside that sum.",
-        ),
+        COMPONENT_TABLE,
         TextTable(
             "group_table",
             "By group of parameters",
@@ -90,20 +76,7 @@ class AttentionDownstreamAdamStateAttribution(TracedReport, DownstreamOptions):
             },
             about="Sums over the window. Groups overlap: the head's qkvo is the sum of its four projections.",
         ),
-        TextTable(
-            "scalar_summary",
-            "How exact it is",
-            {
-                "scalar": "label",
-                "steps": "num_intervals",
-                "Σ actual change": "sum_actual_delta",
-                "Σ first order": "sum_predicted_delta",
-                "Σ rounding residual": "sum_reconstructed_adamw_residual",
-                "mean relative error of the first order": "mean_relative_error",
-                "signs that match": "sign_matches",
-                "clipped steps": "clipped_intervals",
-            },
-        ),
+        EXACTNESS_TABLE,
     )
     charts = (
         Trajectory(

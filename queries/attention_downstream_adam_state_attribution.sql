@@ -74,6 +74,7 @@ SELECT
   clean_transfer_token, corrupted_transfer_token, mutation
 FROM chosen_pairs
 WHERE $objective_split IN ('__all__', split) AND $objective_pair_type IN ('__all__', pair_type)
+ORDER BY clean_event, list_position($pair_type, pair_type)
 
 -- Sums over the window, by scalar, group and component.
 -- view: group_summary

@@ -40,23 +40,13 @@ ORDER BY i.source_step, list_position($record_side, s.record_side), s.position, 
 
 -- rows: decomposition_rows
 SELECT
-  i.source_step, i.target_step, i.step_gap, i.source_checkpoint, i.target_checkpoint, i.learning_rate,
   $head_layer::INTEGER AS head_layer, $head::INTEGER AS head, $head_label AS head_label, $score_query_role AS score_query_role,
-  $support_key_role AS support_key_role, $distractor_key_role AS distractor_key_role, s.record_side, s.scalar_name,
-  m.split, m.pair_type, m.num_pairs, m.source_value, m.target_value, m.actual_delta,
-  m.predicted_delta AS global_predicted_delta, m.residual AS global_residual, m.relative_error AS global_relative_error,
-  g.* EXCLUDE (selections),
-  d.* EXCLUDE (spec, source_step, target_step, split, pair_type, group_id)
-    RENAME (gradient_l2_norm AS scalar_gradient_l2_norm, update_gradient_cosine AS update_scalar_gradient_cosine),
-  d.predicted_delta_contribution / g.num_selected_parameters AS contribution_per_parameter
-FROM metrics AS m
-JOIN intervals AS i USING (source_step, target_step)
-JOIN labels AS s USING (spec)
-JOIN group_contributions AS d ON d.spec = m.spec AND d.source_step = m.source_step AND d.target_step = m.target_step
-  AND d.split = m.stored_split AND d.pair_type = m.stored_pair_type
-JOIN groups AS g USING (group_id)
+  $support_key_role AS support_key_role, $distractor_key_role AS distractor_key_role, label AS scalar_name,
+  * EXCLUDE (label, position)
+    RENAME (gradient_l2_norm AS scalar_gradient_l2_norm, update_gradient_cosine AS update_scalar_gradient_cosine)
+FROM cell_contributions
 ORDER BY
-  i.source_step, list_position($record_side, s.record_side), s.position, m.split, m.pair_type, g.group_kind, g.group_id
+  source_step, list_position($record_side, record_side), position, split, pair_type, group_kind, group_id
 
 -- rows: group_rows
 SELECT
@@ -69,6 +59,7 @@ SELECT
   pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
   clean_transfer_token, corrupted_transfer_token, mutation
 FROM chosen_pairs
+ORDER BY clean_event, list_position($pair_type, pair_type)
 
 -- What each region did to each scalar over all intervals: integrated where that was asked for.
 -- view: region_sums

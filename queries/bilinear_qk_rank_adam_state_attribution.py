@@ -11,9 +11,9 @@ from pydantic import Field
 from ..lake import Lake
 from .attribution_report import ARITHMETIC, QKRankOptions
 from .chart import StackedBars, Trajectory
-from .report import RowFile, TextTable
+from .report import RowFile
 from .results import Results
-from .traced_findings import beside_the_terms, moved_by_terms
+from .traced_findings import COMPONENT_TABLE, EXACTNESS_TABLE, beside_the_terms, moved_by_terms
 from .traced_report import COMPONENTS, SUMMARY, TracedReport
 
 _STEM = "bilinear_qk_rank_adam_state_attribution"
@@ -33,36 +33,8 @@ class BilinearQKRankAdamStateAttribution(TracedReport, QKRankOptions):
         for name in ("metric_rows", "component_rows", "route_pair_rows")
     }
     tables = (
-        TextTable(
-            "component_summary",
-            "Sums over the window",
-            {
-                "scalar": "label",
-                "component": "component",
-                "Σ change": "sum_delta",
-                "share of the actual change": "share_of_actual",
-                "share of its first order": "share_of_first_order",
-                "mean cosine with the gradient": "mean_cosine",
-                "mean norm": "mean_l2_norm",
-            },
-            about="Current gradient, historical momentum and weight decay add up to the first order of the actual "
-            "update; "
-            "raw and clipped SGD stand beside that sum.",
-        ),
-        TextTable(
-            "scalar_summary",
-            "How exact it is",
-            {
-                "scalar": "label",
-                "steps": "num_intervals",
-                "Σ actual change": "sum_actual_delta",
-                "Σ first order": "sum_predicted_delta",
-                "Σ rounding residual": "sum_reconstructed_adamw_residual",
-                "mean relative error of the first order": "mean_relative_error",
-                "signs that match": "sign_matches",
-                "clipped steps": "clipped_intervals",
-            },
-        ),
+        COMPONENT_TABLE,
+        EXACTNESS_TABLE,
     )
     charts = (
         Trajectory(

@@ -24,6 +24,25 @@ ORDER BY s.position, list_position($record_side, s.record_side), m.source_step
 -- view: primary_metrics
 SELECT * FROM pooled_metrics WHERE record_side = $record_side[1] ORDER BY position, source_step
 
+-- Every cell and group, with what is said of it whatever the scalar is.
+-- view: cell_contributions
+SELECT
+  s.label, s.position, s.record_side,
+  i.source_step, i.target_step, i.step_gap, i.source_checkpoint, i.target_checkpoint, i.learning_rate,
+  m.split, m.pair_type, m.num_pairs, m.source_value, m.target_value, m.actual_delta,
+  m.predicted_delta AS global_predicted_delta, m.residual AS global_residual, m.relative_error AS global_relative_error,
+  g.* EXCLUDE (selections),
+  d.* EXCLUDE (spec, source_step, target_step, split, pair_type, group_id),
+  d.predicted_delta_contribution / g.num_selected_parameters AS contribution_per_parameter
+FROM metrics AS m
+JOIN intervals AS i USING (source_step, target_step)
+JOIN labels AS s USING (spec)
+JOIN group_contributions AS d ON d.spec = m.spec AND d.source_step = m.source_step AND d.target_step = m.target_step
+  AND d.split = m.stored_split AND d.pair_type = m.stored_pair_type
+JOIN groups AS g USING (group_id)
+ORDER BY
+  i.source_step, list_position($record_side, s.record_side), s.position, m.split, m.pair_type, g.group_kind, g.group_id
+
 -- By scalar.
 -- view: interval_summary
 SELECT
@@ -47,13 +66,11 @@ ORDER BY position
 -- Of each interval; groups that hold all the others, or are a parameter, apart.
 -- view: primary_contributions
 SELECT
-  p.label, p.position, p.source_step, p.target_step, p.actual_delta, g.group_id, g.group_kind, g.partition_name,
-  g.num_selected_parameters, c.predicted_delta_contribution, c.integrated_delta_contribution
-FROM primary_metrics AS p
-JOIN group_contributions AS c ON c.spec = p.spec AND c.source_step = p.source_step AND c.target_step = p.target_step
-  AND c.split = p.stored_split AND c.pair_type = p.stored_pair_type
-JOIN groups AS g USING (group_id)
-WHERE g.group_kind NOT IN ('global_all', 'parameter_tensor')
+  label, position, source_step, target_step, actual_delta, group_id, group_kind, partition_name, num_selected_parameters,
+  predicted_delta_contribution, integrated_delta_contribution
+FROM cell_contributions
+WHERE record_side = $record_side[1] AND split = '__all__' AND pair_type = '__all__'
+  AND group_kind NOT IN ('global_all', 'parameter_tensor')
 
 -- view: summed_contributions
 SELECT

@@ -6,7 +6,7 @@ The scalars themselves are `engine.scalars.downstream`; a test holds the names h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -30,17 +30,8 @@ DownstreamScalar = Literal[
     "support_mass_ov_value_margin",
     "qk_ov_product",
 ]
-ALL_NINE: tuple[DownstreamScalar, ...] = (
-    "attention_separation",
-    "attention_mass_separation",
-    "head_answer_logit_dla",
-    "head_value_margin_dla",
-    "support_ov_value_margin",
-    "attended_support_ov_value_margin",
-    "head_margin_dla_fixed_readout",
-    "answer_margin",
-    "negative_answer_loss",
-)
+# All but the last two.
+ALL_NINE: tuple[DownstreamScalar, ...] = get_args(DownstreamScalar)[:9]
 HOW_TO_READ = (
     "S and D are the support and distractor keys up to the query, a the attention to them, s the score before the softmax, "
     "w what the head writes at the query (value bias in, output bias out), w_S what it would write from the mean value of "

@@ -1,4 +1,5 @@
-"""Sentences that reports on recorded steps share: how far a scalar moved, and which term of the updates carried it."""
+"""Sentences and tables that reports on recorded steps share: how far a scalar moved, and which term of the updates
+carried it."""
 
 from __future__ import annotations
 
@@ -6,9 +7,40 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .markdown import number, percent
+from .report import TextTable
 
 if TYPE_CHECKING:
     from .results import Results
+
+COMPONENT_TABLE = TextTable(
+    "component_summary",
+    "Sums over the window",
+    {
+        "scalar": "label",
+        "component": "component",
+        "Σ change": "sum_delta",
+        "share of the actual change": "share_of_actual",
+        "share of its first order": "share_of_first_order",
+        "mean cosine with the gradient": "mean_cosine",
+        "mean norm": "mean_l2_norm",
+    },
+    about="Current gradient, historical momentum and weight decay add up to the first order of the actual update; raw and "
+    "clipped SGD stand beside that sum.",
+)
+EXACTNESS_TABLE = TextTable(
+    "scalar_summary",
+    "How exact it is",
+    {
+        "scalar": "label",
+        "steps": "num_intervals",
+        "Σ actual change": "sum_actual_delta",
+        "Σ first order": "sum_predicted_delta",
+        "Σ rounding residual": "sum_reconstructed_adamw_residual",
+        "mean relative error of the first order": "mean_relative_error",
+        "signs that match": "sign_matches",
+        "clipped steps": "clipped_intervals",
+    },
+)
 
 
 def moved_by_terms(what: str, of: dict[str, Any], results: Results, when: str = "") -> str:
