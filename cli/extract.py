@@ -11,7 +11,6 @@ import click
 from ..lake.datasets import (
     ACTIVATIONS,
     ATTENTION,
-    ATTRIBUTIONS,
     COMPONENT_LOGITS,
     DEFAULT_PROBE,
     HEAD_WRITES,
@@ -21,8 +20,7 @@ from ..lake.datasets import (
     Need,
 )
 from .options import lake_option, run_option, steps_option, threads_option
-from .scalar_options import NAMES as SCALAR_OPTIONS
-from .scalar_options import scalar_needs, scalar_options
+from .scalar_options import OF_SCALARS, TAKERS, scalar_needs, scalar_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +36,7 @@ _DATASET_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str | None, ...]]] =
             COMPONENT_LOGITS,
             QK_COORDINATES,
             INTERVENTIONS,
-            ATTRIBUTIONS,
+            *OF_SCALARS,
         ),
         (DEFAULT_PROBE,),
     ),
@@ -103,7 +101,8 @@ def extract(
 
     Of weights: svd, weights. Of forward passes over a probe (see `lakebed probe`): activations, attention, readouts,
     head_writes, component_logits, qk_coordinates, interventions; all that are named share one pass per step and batch.
-    Of the updates between neighbouring steps: attributions (of a --scalar, over causal patch pairs), update_norms.
+    Of a --scalar over causal patch pairs: scalar_gradients, its values and its whole gradient. Of the updates between
+    neighbouring steps: attributions of a --scalar, update_norms.
     Options may be repeated: each combination is a dataset.
 
     Without --steps: the steps whose weights are stored. A second call makes nothing; an interrupted one goes on.
@@ -133,13 +132,13 @@ def extract(
 def dataset_needs(datasets: Sequence[str], options: Mapping[str, tuple[str, ...]]) -> list[Need]:
     """One need per dataset and combination of its options; raises UsageError for an option that none of them takes."""
     for name, values in options.items():
-        takers = (ATTRIBUTIONS,) if name in SCALAR_OPTIONS else _DATASET_OPTIONS[name][0]
+        takers = TAKERS[name] if name in TAKERS else _DATASET_OPTIONS[name][0]
         if values and not set(takers) & set(datasets):
             raise click.UsageError(f"--{name.replace('_', '-')} is an option of {', '.join(takers)}")
     needs = []
     for dataset in dict.fromkeys(datasets):
-        if dataset == ATTRIBUTIONS:
-            needs += scalar_needs(options)
+        if dataset in OF_SCALARS:
+            needs += scalar_needs(dataset, options)
             continue
         combinations: list[dict[str, str]] = [{}]
         for name, (takers, defaults) in _DATASET_OPTIONS.items():

@@ -1,4 +1,4 @@
-"""`--scalar NAME,key=value,…` and the pairs it is measured on: what `lakebed extract attributions` takes."""
+"""`--scalar NAME,key=value,…` and the pairs it is measured on: what extract attributions and scalar_gradients take."""
 
 from __future__ import annotations
 
@@ -7,24 +7,38 @@ from typing import Any, TypeVar
 
 import click
 
-from ..lake.datasets import ATTRIBUTIONS, DEFAULT_PROBE, UPDATE_NORMS, Need, attribution_parameters
+from ..lake.datasets import (
+    ATTRIBUTIONS,
+    DEFAULT_PROBE,
+    SCALAR_GRADIENTS,
+    UPDATE_NORMS,
+    Need,
+    attribution_parameters,
+    scalar_gradient_parameters,
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 NAMES = ("scalar", "pair_type", "split", "max_pairs_per_type", "integrate")
+OF_SCALARS = (ATTRIBUTIONS, SCALAR_GRADIENTS)
+TAKERS = {name: OF_SCALARS if name != "integrate" else (ATTRIBUTIONS,) for name in NAMES}
 
 
 def scalar_options(function: Function) -> Function:
-    """Options of dataset attributions. They are repeatable texts, since with --for the report reads them."""
+    """Options of the datasets of scalars. They are repeatable texts, since with --for the report reads them."""
     for name, metavar, about in reversed(
         (
             (
                 "scalar",
                 "NAME,key=value,…",
-                "attributions: the scalar and its parameters, e.g. qk_rank_separation,head=L1H1,rank=4,…",
+                "attributions, scalar_gradients: the scalar and its parameters, e.g. qk_rank_separation,head=L1H1,rank=4,…",
             ),
-            ("pair-type", "TYPE", "attributions: type of causal patch pair; required."),
-            ("split", "SPLIT", "attributions: split of the pairs [default: all]."),
-            ("max-pairs-per-type", "N", "attributions: most pairs of each type [default: 64]."),
+            ("pair-type", "TYPE", "attributions, scalar_gradients: type of causal patch pair; required."),
+            ("split", "SPLIT", "attributions, scalar_gradients: split of the pairs [default: all]."),
+            (
+                "max-pairs-per-type",
+                "N",
+                "attributions, scalar_gradients: most pairs of each type [default: 64].",
+            ),
             (
                 "integrate",
                 "N",
@@ -36,26 +50,28 @@ def scalar_options(function: Function) -> Function:
     return function
 
 
-def scalar_needs(options: Mapping[str, tuple[str, ...]]) -> list[Need]:
-    """The attributions of every --scalar, for every probe, and the norms their cosines divide by."""
+def scalar_needs(dataset: str, options: Mapping[str, tuple[str, ...]]) -> list[Need]:
+    """The dataset of every --scalar, for every probe; with attributions the norms their cosines divide by."""
     if not options["scalar"]:
-        raise click.UsageError("attributions are of a scalar: name it with --scalar NAME,key=value,…")
-    needs = [
-        Need(
-            ATTRIBUTIONS,
-            attribution_parameters(
-                *parse_scalar(text),
-                pair_type=options["pair_type"],
-                probe=probe,
-                split=options["split"],
-                max_pairs_per_type=_number(options, "max_pairs_per_type", 64),
-                integrate=_number(options, "integrate", 0),
-            ),
-        )
-        for text in options["scalar"]
-        for probe in options["probe"] or (DEFAULT_PROBE,)
-    ]
-    return [*needs, Need(UPDATE_NORMS)]
+        raise click.UsageError(f"{dataset} are of a scalar: name it with --scalar NAME,key=value,…")
+    path = _number(options, "integrate", 0)
+    needs = []
+    for text in options["scalar"]:
+        name, parameters = parse_scalar(text)
+        for probe in options["probe"] or (DEFAULT_PROBE,):
+            pairs: dict[str, Any] = {
+                "pair_type": options["pair_type"],
+                "probe": probe,
+                "split": options["split"],
+                "max_pairs_per_type": _number(options, "max_pairs_per_type", 64),
+            }
+            made = (
+                attribution_parameters(name, parameters, integrate=path, **pairs)
+                if dataset == ATTRIBUTIONS
+                else scalar_gradient_parameters(name, parameters, **pairs)
+            )
+            needs.append(Need(dataset, made))
+    return [*needs, *([Need(UPDATE_NORMS)] if dataset == ATTRIBUTIONS else [])]
 
 
 def parse_scalar(text: str) -> tuple[str, dict[str, Any]]:

@@ -50,6 +50,8 @@ class Source:
     """Scalars with the basis of an earlier step, by that step and extractor key."""
     observed: dict[str, list[Any]] = field(default_factory=dict)
     """What extractors saw of this step, batch after batch, by extractor key."""
+    taken: dict[str, Any] = field(default_factory=dict)
+    """What extractors took when an interval began here, by extractor key."""
 
 
 @dataclass
@@ -137,6 +139,9 @@ class IntervalExtractor(dataset.Extractor):
     """A dataset with a unit per interval."""
 
     needs_moments: ClassVar[bool] = True
+
+    def open(self, context: dataset.Context, source: Source, device: str) -> None:
+        """Takes what is needed of a source, once, before its intervals are written; keeps it in `Source.taken`."""
 
     @abstractmethod
     def write(self, context: dataset.Context, writer: UnitWriter, *, interval: Interval) -> None:

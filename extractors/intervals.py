@@ -49,7 +49,8 @@ class Intervals:
         adapter = context.adapter()
         shapes = adapter.parameter_shapes(self._reader.parameters)
         self._sums = SliceSums(shapes, adapter.slices(shapes))
-        self._groups = _groups(context, self._work, require_device(device))
+        self._device = require_device(device)
+        self._groups = _groups(context, self._work, self._device)
 
     def run(self, progress: Progress, commit: Commit) -> None:
         """Makes everything that is missing, in the order of target steps."""
@@ -103,6 +104,9 @@ class Intervals:
             watched = [of for of in group.watchers if any(state.step in ends for ends in of.missing)]
             if tasks or watched:
                 self._measure(group, weights, tasks, [of.keep_in(here.observed) for of in watched])
+        for work in self._work:
+            if any(source == state.step for source, _ in work.missing):
+                work.extractor.open(self._context, here, self._device)
         return here
 
     def _measure(

@@ -71,6 +71,7 @@ class PairSet:
         finest = sorted({(row["split"], row["pair_type"]) for row in rows})
         place = {of: at for at, of in enumerate(finest)}
         rows = sorted(rows, key=lambda row: (place[row["split"], row["pair_type"]], row["clean_event"]))
+        self.rows = rows
         self.pair_id = [str(row["pair_id"]) for row in rows]
         self.split = [str(row["split"]) for row in rows]
         self.pair_type = [str(row["pair_type"]) for row in rows]
@@ -97,12 +98,18 @@ class PairSet:
             out[at, list(cell.finest)] = 1
         return out
 
-    def batches(self, probes: dict[str, ProbeData], device: str) -> list[PairBatch]:
-        """Batches of about 8,192 tokens, each of one finest cell, with the records of the sides in `probes`."""
+    def batches(
+        self, probes: dict[str, ProbeData], device: str, cells: Integers | None = None
+    ) -> list[PairBatch]:
+        """Batches of about 8,192 tokens, each of one finest cell, with the records of the sides in `probes`.
+
+        `cells` is `Int[pair]`, from 0 and without gaps: other cells than the finest ones of the set.
+        """
         made = []
+        of_pair = self.finest if cells is None else cells
         classes = {name: tokens.to(device) for name, tokens in self.token_classes.items()}
-        for cell in range(int(self.finest.max()) + 1):
-            held = np.flatnonzero(self.finest == cell)
+        for cell in range(int(of_pair.max()) + 1):
+            held = np.flatnonzero(of_pair == cell)
             longest = max(
                 int(data.lengths[data.example[self.events[side][held]]].max())
                 for side, data in probes.items()

@@ -63,7 +63,10 @@ DEFAULT_PROBE = "probe"
 ATTRIBUTIONS = "attributions"  # see `attribution_parameters`
 UPDATE_NORMS = "update_norms"
 SCORE_CHANGES = "score_changes"  # see `score_change_parameters`
-OF_INTERVALS = (ATTRIBUTIONS, UPDATE_NORMS, SCORE_CHANGES)
+GRADIENT_PRODUCTS = "gradient_products"  # see `gradient_product_parameters`
+OF_INTERVALS = (ATTRIBUTIONS, UPDATE_NORMS, SCORE_CHANGES, GRADIENT_PRODUCTS)
+# Of a step: a scalar on pairs, and the whole gradient of its mean.
+SCALAR_GRADIENTS = "scalar_gradients"  # see `scalar_gradient_parameters`
 
 # The corrupted records of a probe's pairs are a probe of that name.
 CORRUPTED = ".corrupted"
@@ -105,6 +108,52 @@ def attribution_parameters(
         "integrate": integrate,
         "scalar": scalar,
         "parameters": dict(parameters),
+    }
+
+
+def scalar_gradient_parameters(
+    scalar: str,
+    parameters: Mapping[str, Any],
+    *,
+    pair_type: Sequence[str],
+    probe: str = DEFAULT_PROBE,
+    split: Sequence[str] = (),
+    max_pairs_per_type: int = 64,
+) -> dict[str, Any]:
+    """Parameters of dataset scalar_gradients: those of attributions, without a path."""
+    made = attribution_parameters(
+        scalar,
+        parameters,
+        pair_type=pair_type,
+        probe=probe,
+        split=split,
+        max_pairs_per_type=max_pairs_per_type,
+    )
+    return {name: value for name, value in made.items() if name != "integrate"}
+
+
+def gradient_product_parameters(
+    scalars: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    scalar_pair_type: str,
+    data_group_field: Sequence[str],
+    loss_side: str,
+    pair_type: Sequence[str],
+    probe: str = DEFAULT_PROBE,
+    split: Sequence[str] = (),
+    max_pairs_per_type: int = 64,
+) -> dict[str, Any]:
+    """Parameters of dataset gradient_products: scalars (of the pairs of one type, or `__all__`), the fields by which all
+    pairs are grouped, and the records (clean, corrupted, both) whose language-model loss each group has."""
+    return {
+        "probe": probe,
+        "pair_type": sorted(set(pair_type)),
+        "split": sorted(set(split)),
+        "max_pairs_per_type": max_pairs_per_type,
+        "scalars": [{"scalar": name, "parameters": dict(parameters)} for name, parameters in scalars],
+        "scalar_pair_type": scalar_pair_type,
+        "data_group_field": list(dict.fromkeys(data_group_field)),
+        "loss_side": loss_side,
     }
 
 

@@ -35,6 +35,12 @@ QUANTITIES: dict[str, Quantity] = {
             "singular vectors (run, step, matrix, layer, head, rank, side, values FLOAT[]); side is left or right",
         ),
         Quantity(
+            "scalar_gradients",
+            "scalar_gradients",
+            "gradient of the mean of a scalar over its pairs (run, step, spec, parameter, row, values FLOAT[]): rows as those of "
+            "weights; table scalars has the values",
+        ),
+        Quantity(
             "activations",
             "activation_values",
             "residual stream (run, step, probe, layout, stage, row, values FLOAT[]); table activation_rows says what a row is",

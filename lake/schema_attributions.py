@@ -150,6 +150,56 @@ TABLES = (
         reconstructed_squared | DOUBLE | of current gradient + momentum + decay
         """,
     ),
+    table(
+        "data_group_losses",
+        "spec source_step target_step data_group",
+        "one row per interval and group of pairs: the language-model loss of the group's records at the source",
+        """
+        spec | VARCHAR | 12-hex identity of pairs, groups, record side and scalars
+        source_step | BIGINT | step whose loss it is
+        target_step | BIGINT | step the weights moved to
+        data_group | VARCHAR | field=value|field=value, or __all__
+        data_group_values | VARCHAR | the values by field, JSON
+        loss_side | VARCHAR | records: clean, corrupted or both
+        loss | DOUBLE | mean next-token cross-entropy over all targets of the records, nats
+        num_pairs | BIGINT | pairs of the group
+        num_records | BIGINT | their records, a record as often as pairs have it
+        num_tokens | BIGINT | targets of the records
+        """,
+    ),
+    table(
+        "gradient_products",
+        "spec source_step target_step data_group factor parameter",
+        "one row per interval, group of pairs, factor and parameter: the gradient of the group's loss, times the factor; both at "
+        "the source. Sums over parameters are the whole model, a tied one once",
+        """
+        spec | VARCHAR | 12-hex identity of pairs, groups, record side and scalars
+        source_step | BIGINT | step at which the gradients are taken
+        target_step | BIGINT | step the weights moved to
+        data_group | VARCHAR | field=value|field=value, or __all__
+        factor | VARCHAR | loss (the gradient itself: its square), update (target - source weights), or the spec of a scalar's attributions: the gradient of its mean
+        parameter | VARCHAR | parameter
+        product | DOUBLE | sum over its entries
+        """,
+    ),
+    table(
+        "scalars",
+        "spec step pair_id quantity",
+        "one row per step, pair and quantity of a scalar whose gradient is in table scalar_gradients",
+        """
+        spec | VARCHAR | 12-hex identity of scalar, pairs and record side: see view specs
+        scalar | VARCHAR | name of the scalar
+        scalar_head | VARCHAR | head it is about, L2H1; null for a scalar of no one head
+        record_side | VARCHAR | record of the pair that is measured: clean or corrupted; null where a scalar takes both
+        step | BIGINT | step
+        split | VARCHAR | split of the pair
+        pair_type | VARCHAR | type of the pair
+        pair_id | VARCHAR | causal patch pair, see table pairs
+        quantity | VARCHAR | value (what is differentiated), or what goes with it
+        value | DOUBLE | its value, with the basis of this step
+        weight | DOUBLE | weight of the pair in the mean
+        """,
+    ),
 )
 
 VIEWS = {

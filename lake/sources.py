@@ -27,6 +27,16 @@ PARAMETER_SCHEMA = pa.schema(
         "values": pa.large_list(pa.float32()),
     }
 )
+GRADIENT_SCHEMA = pa.schema(
+    {
+        "run": pa.string(),
+        "step": pa.int64(),
+        "spec": pa.string(),
+        "parameter": pa.string(),
+        "row": pa.int64(),
+        "values": pa.large_list(pa.float32()),
+    }
+)
 VECTOR_SCHEMA = pa.schema(
     {
         "run": pa.string(),
@@ -100,6 +110,12 @@ def tensor_scan(lake: Lake, quantity: str, view: str) -> Scan:
             lambda: _index(lake, quantity, activation_columns),
             _row_rows(lake, quantity, ACTIVATION_SCHEMA, activation_columns),
         )
+    if view == "scalar_gradients":
+        return Scan(
+            GRADIENT_SCHEMA,
+            lambda: _index(lake, quantity, gradient_columns),
+            _row_rows(lake, quantity, GRADIENT_SCHEMA, gradient_columns),
+        )
     return Scan(
         PARAMETER_SCHEMA,
         lambda: _index(lake, quantity, _parameter_columns),
@@ -109,6 +125,12 @@ def tensor_scan(lake: Lake, quantity: str, view: str) -> Scan:
 
 def _parameter_columns(name: str) -> dict[str, str]:
     return {"parameter": name}
+
+
+def gradient_columns(name: str) -> dict[str, str]:
+    """What the name SPEC/PARAMETER of an array of scalar gradients says."""
+    spec, _, parameter = name.partition("/")
+    return {"spec": spec, "parameter": parameter}
 
 
 def activation_columns(name: str) -> dict[str, str]:

@@ -1,22 +1,7 @@
 -- rows: metric_rows
-SELECT
-  i.source_step, i.target_step, i.step_gap, i.source_checkpoint, i.target_checkpoint, i.learning_rate,
-  m.split, m.pair_type, l.stage, l.subspace_name, l.subspace_type, l.head_label, l.rank, l.position_role, m.num_pairs,
-  m.source_value AS source_route_score, m.target_value AS target_route_score,
-  m.actual_delta, m.actual_delta_abs_mean, m.actual_delta_std,
-  m.predicted_delta, m.residual, m.absolute_error, m.relative_error, m.relative_error_denominator,
-  m.predicted_relative_error, m.predicted_relative_error_denominator, m.sign_match,
-  m.integrated_delta, m.integrated_relative_error, m.predicted_delta_counting_aliases,
-  c.* EXCLUDE (spec, source_step, target_step, split, pair_type),
-  m.parameter_delta_l2_norm, m.gradient_l2_norm AS route_gradient_l2_norm,
-  m.update_gradient_cosine AS update_route_gradient_cosine, m.num_parameters,
-  m.zero_gradient_parameter_count AS zero_route_gradient_parameter_count,
-  m.zero_gradient_parameter_names AS zero_route_gradient_parameter_names
-FROM metrics AS m
-JOIN intervals AS i USING (source_step, target_step)
-JOIN labels AS l USING (spec)
-JOIN route_cells AS c USING (spec, source_step, target_step, split, pair_type)
-ORDER BY i.source_step, m.split, m.pair_type
+SELECT * EXCLUDE (spec, position, route_label, domain, head_layer, head)
+FROM route_metrics
+ORDER BY source_step, split, pair_type
 
 -- rows: decomposition_rows
 SELECT

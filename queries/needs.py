@@ -102,6 +102,9 @@ def _details(parameters: Mapping[str, Any]) -> Iterator[str]:
     for name, value in parameters.items():
         if isinstance(value, Mapping):
             yield from _details(value)
+        elif isinstance(value, list) and any(isinstance(of, Mapping) for of in value):
+            for of in value:
+                yield from _details(of)
         elif isinstance(value, list):
             yield from ([f"{name} {' and '.join(map(str, value))}"] if value else [])
         elif value not in (None, 0):
