@@ -1,6 +1,7 @@
 """What rows of attribution reports must hold, from values, gradients and updates in float64 (definitions 2 §E, 3 §B)."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,17 @@ from lakebed.extractors.plan import extract
 from lakebed.queries.registry import load_report
 from lakebed.queries.results import Results
 
-from tests.attribution_lake import RUN
+from tests.attribution_lake import HEADS, RUN
 
-from .separation_reference import inner, norm
+from .separation_reference import (
+    gradient,
+    inner,
+    keys_of,
+    norm,
+    qk_basis,
+    rank_scores,
+    separation,
+)
 
 TIED = "token_embedding.weight"
 
@@ -161,3 +170,54 @@ def check_sums(by_group):
         assert total(f"mlp_neuron:L{layer}N") + bias == pytest.approx(
             by_group[f"module:L{layer}.mlp"], **near
         )
+
+
+def rank_interval(weights, pairs, source, rank, head, roles, stage):
+    """One step of the rank-r QK separation of the clean records: both ends in the source's basis, gradient and update."""
+    before, after = weights[source], weights[source + 1]
+    basis = qk_basis(before, HEADS, head, rank)
+
+    def scores(w):
+        for pair in pairs:
+            event = pair.sides["clean"]
+            yield rank_scores(w, HEADS, head, event, roles, basis, stage), *keys_of(event, roles)[1:]
+
+    def mean(w):
+        return sum(separation(*of) for of in scores(w)) / len(pairs)
+
+    value = mean(before)
+    return SimpleNamespace(
+        source=float(value.detach()),
+        target=float(mean(after).detach()),
+        gradient=gradient(value, before),
+        update={name: (after[name] - before[name]).detach() for name in before},
+        spectrum=basis[2].tolist(),
+        scores=scores,
+    )
+
+
+def check_spectrum(row, spectrum, rank):
+    """Columns on the singular values that the basis was cut from."""
+    for name, value in {
+        "top": spectrum[0],
+        "sum": sum(spectrum),
+        "rank_sum": sum(spectrum[:rank]),
+        "rank_fraction": sum(spectrum[:rank]) / sum(spectrum),
+        "min_gap": min(a - b for a, b in pairwise(spectrum)),
+    }.items():
+        assert row[f"qk_singular_value_{name}"] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def check_qk_place(row, source, target, rank, side, roles, stage):
+    """Columns that say which interval, head and form a row is about."""
+    assert [row[key] for key in ("source_step", "target_step", "step_gap")] == [
+        source,
+        target,
+        target - source,
+    ]
+    assert row["source_checkpoint"] == f"step_{source:06d}"
+    assert row["target_checkpoint"] == f"step_{target:06d}"
+    assert [row[key] for key in ("head_layer", "head", "head_label")] == [1, 1, "L1H1"]
+    assert tuple(row[f"{of}_role"] for of in ("score_query", "support_key", "distractor_key")) == roles
+    assert [row[key] for key in ("rank", "record_side")] == [rank, side]
+    assert [row[key] for key in ("context_stage", "layernorm_mode")] == [stage, "head_ln1"]

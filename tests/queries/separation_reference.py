@@ -141,7 +141,13 @@ def adamw_terms(lake, run, step, w, settings):
     """AdamW's update from step - 1 to step, from the recorded gradient and the stored moments (3 §D), by term and name."""
     o, lr = settings.optimization, settings.optimization.learning_rate_at(step)
     g, m, v = (
-        {name: torch.from_numpy(lake.tensor(of, name, run).read([at])[0]).double() for name in w}
+        {
+            name: torch.from_numpy(lake.tensor(of, name, run).read([at])[0]).double()
+            # Before the first step the optimizer has no state.
+            if at
+            else torch.zeros_like(theta)
+            for name, theta in w.items()
+        }
         for of, at in (("gradients", step), ("exp_avg", step - 1), ("exp_avg_sq", step - 1))
     )
     total = norm(g)

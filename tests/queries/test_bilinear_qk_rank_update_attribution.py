@@ -1,7 +1,6 @@
 """bilinear-qk-rank-update-attribution on a trained lake, column by column against a float64 decoder and autograd."""
 
 import shutil
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,14 @@ from lakebed.queries.report import InvalidOption
 
 from tests.attribution_lake import HEAD, HEADS, NUM_STEPS, RUN, STAGE
 
-from .attribution_reference import check_decomposition, check_metric, check_sums, run_report
+from .attribution_reference import (
+    check_decomposition,
+    check_metric,
+    check_qk_place,
+    check_spectrum,
+    check_sums,
+    run_report,
+)
 from .separation_reference import (
     cells_of,
     gradient,
@@ -138,33 +144,15 @@ def test_metric_and_decomposition_rows_are_those_of_the_definition(world, source
 
 def check_place(row, source, target, rank, side):
     """Columns that say which interval, head and scalar a row is about."""
-    assert [row[key] for key in ("source_step", "target_step", "step_gap")] == [
-        source,
-        target,
-        target - source,
-    ]
-    assert row["source_checkpoint"] == f"step_{source:06d}"
-    assert row["target_checkpoint"] == f"step_{target:06d}"
+    check_qk_place(row, source, target, rank, side, ROLES, STAGE)
     assert row["objective"] == "rank_bilinear_qk_retrieval_separation"
-    assert [row[key] for key in ("head_layer", "head", "head_label")] == [1, 1, "L1H1"]
-    assert tuple(row[f"{of}_role"] for of in ("score_query", "support_key", "distractor_key")) == ROLES
-    assert [row[key] for key in ("rank", "record_side")] == [rank, side]
-    assert [row[key] for key in ("context_stage", "layernorm_mode")] == [STAGE, "head_ln1"]
 
 
 def check_identity(row, source, target, rank, side, spectrum):
     check_place(row, source, target, rank, side)
     # The schedule warms up over twelve steps to 0.01; there is no rate at step 0.
     assert row["learning_rate"] == (None if source == 0 else pytest.approx(0.01 * source / 12))
-    spectrum = spectrum.tolist()
-    for name, value in {
-        "top": spectrum[0],
-        "sum": sum(spectrum),
-        "rank_sum": sum(spectrum[:rank]),
-        "rank_fraction": sum(spectrum[:rank]) / sum(spectrum),
-        "min_gap": min(a - b for a, b in pairwise(spectrum)),
-    }.items():
-        assert row[f"qk_singular_value_{name}"] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    check_spectrum(row, spectrum.tolist(), rank)
 
 
 @pytest.mark.parametrize(("rank", "side"), [(2, "corrupted"), (8, "clean")])
