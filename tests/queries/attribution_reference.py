@@ -1,12 +1,16 @@
 """What rows of attribution reports must hold, from values, gradients and updates in float64 (definitions 2 §E, 3 §B)."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import google_crc32c
 import numpy as np
+import polars as pl
 import pytest
 from lakebed.extractors.plan import extract
+from lakebed.lake import Lake
 from lakebed.queries.registry import load_report
 from lakebed.queries.results import Results
 
@@ -39,6 +43,20 @@ def run_report(lake, name, steps, check=True, make=True, **options):
             facts=report.facts(lake, results),
             sections={section.name: results.rows(f"FROM {section.name}") for section in results.sections},
         )
+
+
+def tamper(path, change):
+    """Changes a column of what training logged, and has the receipt say that it is so."""
+    with Lake.open(path) as lake:
+        lake.receipts.refresh(RUN)
+        (receipt,) = [of for of in lake.receipts.all(RUN) if of.dataset == "trace" and 3 in of.steps]
+    (entry,) = [of for of in receipt.files if of.path.startswith("tables/training_steps/")]
+    file = path / entry.path
+    pl.read_parquet(file).with_columns(change).write_parquet(file)
+    data = file.read_bytes()
+    true = replace(entry, bytes=len(data), crc32c=google_crc32c.value(data))
+    entries = tuple(true if of is entry else of for of in receipt.files)
+    (path / receipt.key).write_bytes(replace(receipt, files=entries).to_parquet())
 
 
 def groups(w, heads):

@@ -2,10 +2,8 @@
 
 import math
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
-import google_crc32c
 import polars as pl
 import pytest
 import torch
@@ -25,6 +23,7 @@ from .attribution_reference import (
     rank_interval,
     restricted,
     run_report,
+    tamper,
 )
 from .separation_reference import adamw_terms, inner, norm, pairs_of, weights_at
 
@@ -320,21 +319,6 @@ def test_an_interval_that_is_not_one_recorded_step_is_refused(world):
         run_report(world.lake, NAME, "3,4,24", **OPTIONS)
 
 
-def tamper(path, column):
-    """Adds a quarter to what was logged of step 3, and has the receipt say that it is so."""
-    with Lake.open(path) as lake:
-        lake.receipts.refresh(RUN)
-        (receipt,) = [of for of in lake.receipts.all(RUN) if of.dataset == "trace" and 3 in of.steps]
-    (entry,) = [of for of in receipt.files if of.path.startswith("tables/training_steps/")]
-    file = path / entry.path
-    changed = pl.col(column) + pl.when(pl.col("step") == 3).then(0.25).otherwise(0.0)
-    pl.read_parquet(file).with_columns(changed).write_parquet(file)
-    data = file.read_bytes()
-    true = replace(entry, bytes=len(data), crc32c=google_crc32c.value(data))
-    entries = tuple(true if of is entry else of for of in receipt.files)
-    (path / receipt.key).write_bytes(replace(receipt, files=entries).to_parquet())
-
-
 @pytest.mark.parametrize(
     ("column", "message"),
     [
@@ -348,6 +332,6 @@ def tamper(path, column):
 def test_a_trace_that_contradicts_itself_is_refused(world, tmp_path, column, message):
     path = tmp_path / "tampered.lake"
     shutil.copytree(world.path, path)
-    tamper(path, column)
+    tamper(path, pl.col(column) + 0.25 * (pl.col("step") == 3))
     with Lake.open(path) as lake, pytest.raises(ReportFailed, match=message):
         run_report(lake, NAME, "0:6", make=False, **OPTIONS)
