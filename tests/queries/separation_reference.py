@@ -203,3 +203,45 @@ def cells_of(pairs):
             for pair_type in (pair.pair_type, "__all__"):
                 cells.setdefault((split, pair_type), []).append(pair)
     return cells
+
+
+def score_change_rows(before, after, heads, head, event, roles):
+    """Rows of table score_changes of one record, by (role, key position): every number (2 §F1)."""
+    layer, number = head
+    ends = [decode(w, heads, event.tokens) for w in (before, after)]
+    at, *keys = keys_of(event, roles)
+    x0, x1 = (end.inputs[layer] for end in ends)
+    width = x0.shape[1] // heads
+    rows = slice(number * width, (number + 1) * width)
+    scale = math.sqrt(width)
+
+    def parts(side, place):
+        W0, W1 = (w[f"blocks.{layer}.attn.{side}_proj.weight"][rows] for w in (before, after))
+        b0, b1 = (w[f"blocks.{layer}.attn.{side}_proj.bias"][rows] for w in (before, after))
+        dx, dW = x1[place] - x0[place], W1 - W0
+        return {"input": W0 @ dx, "weight": dW @ x0[place], "bias": b1 - b0, "weight_input_cross": dW @ dx}
+
+    q0, q1 = (end.queries[head][at] for end in ends)
+    all_keys = [end.keys[head][: at + 1] for end in ends]
+    scores = [k @ q / scale for k, q in zip(all_keys, (q0, q1), strict=True)]
+    attention, change = [of.softmax(0) for of in scores], scores[1] - scores[0]
+    first_order = attention[0] * (change - attention[0] @ change)
+    found = {}
+    for role, positions in zip(roles[1:], keys, strict=True):
+        for index, j in enumerate(positions):
+            k0, k1 = (of[j] for of in all_keys)
+            found[role, j] = {
+                "role_position_index": index,
+                "query_position": at,
+                "source_attention": attention[0][j],
+                "target_attention": attention[1][j],
+                "softmax_first_order_attention_delta": first_order[j],
+                "source_score": scores[0][j],
+                "target_score": scores[1][j],
+                "q_vector_delta_source_key": (q1 - q0) @ k0 / scale,
+                "source_query_k_vector_delta": q0 @ (k1 - k0) / scale,
+                **{f"q_{name}_source_key": of @ k0 / scale for name, of in parts("q", at).items()},
+                **{f"source_query_k_{name}": q0 @ of / scale for name, of in parts("k", j).items()},
+                "qk_vector_cross": (q1 - q0) @ (k1 - k0) / scale,
+            }
+    return {key: {name: float(value) for name, value in row.items()} for key, row in found.items()}
