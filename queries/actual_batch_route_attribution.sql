@@ -27,11 +27,10 @@ JOIN actual_batches AS b USING (source_step, target_step)
 ORDER BY t.source_step, l.position
 
 -- rows: pair_rows
-SELECT
-  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
-  clean_transfer_token, corrupted_transfer_token, mutation
-FROM chosen_pairs
+SELECT * EXCLUDE (scan_order)
+FROM listed_pairs
 WHERE $route_pair_type IN ('__all__', pair_type)
+ORDER BY scan_order
 
 -- What the batches asked of a route, and what the updates did: one row per route.
 -- view: route_summary

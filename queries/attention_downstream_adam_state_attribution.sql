@@ -69,12 +69,10 @@ WHERE list_contains($parameter_group, group_id)
 ORDER BY list_position($parameter_group, group_id)
 
 -- rows: route_pair_rows
-SELECT
-  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
-  clean_transfer_token, corrupted_transfer_token, mutation
-FROM chosen_pairs
+SELECT * EXCLUDE (scan_order)
+FROM listed_pairs
 WHERE $objective_split IN ('__all__', split) AND $objective_pair_type IN ('__all__', pair_type)
-ORDER BY clean_event, list_position($pair_type, pair_type)
+ORDER BY scan_order
 
 -- Sums over the window, by scalar, group and component.
 -- view: group_summary

@@ -55,11 +55,9 @@ FROM groups
 ORDER BY group_kind, group_id
 
 -- rows: pair_rows
-SELECT
-  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
-  clean_transfer_token, corrupted_transfer_token, mutation
-FROM chosen_pairs
-ORDER BY clean_event, list_position($pair_type, pair_type)
+SELECT * EXCLUDE (scan_order)
+FROM listed_pairs
+ORDER BY scan_order
 
 -- What each region did to each scalar over all intervals: integrated where that was asked for.
 -- view: region_sums

@@ -99,10 +99,9 @@ JOIN chosen_pairs AS p ON p.pair_id = c.pair_id
 ORDER BY i.source_step, list_position($record_side, c.record_side), c.pair_id, c.key_role <> $support_key_role, c.key_position
 
 -- rows: pair_rows
-SELECT
-  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
-  clean_transfer_token, corrupted_transfer_token, mutation
-FROM chosen_pairs
+SELECT * EXCLUDE (scan_order)
+FROM listed_pairs
+ORDER BY scan_order
 
 -- How far the nine parts are from what the passes measured.
 -- view: reconstruction

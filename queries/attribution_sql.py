@@ -51,6 +51,15 @@ WHERE EXISTS (
 )
 ORDER BY ALL
 
+-- Pairs as the reports list them, in scan order.
+-- view: listed_pairs
+SELECT
+  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
+  clean_transfer_token, corrupted_transfer_token, mutation, row_number() OVER (
+    ORDER BY clean_event, list_position($pair_type, pair_type)
+  ) AS scan_order
+FROM chosen_pairs
+
 -- view: cell_pairs
 SELECT c.split, c.pair_type, p.pair_id
 FROM cells AS c

@@ -56,11 +56,10 @@ JOIN actual_batches AS b USING (source_step, target_step)
 ORDER BY r.source_step, l.position
 
 -- rows: route_pair_rows
-SELECT
-  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
-  clean_transfer_token, corrupted_transfer_token, mutation
-FROM chosen_pairs
+SELECT * EXCLUDE (scan_order)
+FROM listed_pairs
 WHERE $route_split IN ('__all__', split) AND $route_pair_type IN ('__all__', pair_type)
+ORDER BY scan_order
 
 -- By rank and data group, the groups that support the score most first.
 -- view: data_group_summary

@@ -46,8 +46,7 @@ WHERE c.group_id = 'global:all_named_parameters'
 ORDER BY m.source_step, l.position, list_position($components, c.component)
 
 -- rows: route_pair_rows
-SELECT
-  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
-  clean_transfer_token, corrupted_transfer_token, mutation
-FROM chosen_pairs
+SELECT * EXCLUDE (scan_order)
+FROM listed_pairs
 WHERE $route_split IN ('__all__', split) AND $route_pair_type IN ('__all__', pair_type)
+ORDER BY scan_order

@@ -65,10 +65,9 @@ ORDER BY v.source_step, s.rank, list_position($record_side, s.record_side), v.pa
 SELECT * FROM groups ORDER BY group_kind, group_id
 
 -- rows: pair_rows
-SELECT
-  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
-  clean_transfer_token, corrupted_transfer_token, mutation
-FROM chosen_pairs
+SELECT * EXCLUDE (scan_order)
+FROM listed_pairs
+ORDER BY scan_order
 
 -- Over all pairs of the first record side, by rank.
 -- view: rank_summary

@@ -79,8 +79,6 @@ def report_summary(name: str) -> str:
         other = _others().get(name)
         return f"from {other.module}" if other is not None else ""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and any(
-            isinstance(base, ast.Name) and base.id.endswith("Report") for base in node.bases
-        ):
+        if isinstance(node, ast.ClassDef) and node.name.lower() == path.stem.replace("_", ""):
             return (ast.get_docstring(node) or "").split("\n")[0]
     return ""
