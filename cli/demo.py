@@ -55,6 +55,7 @@ def demo(lake_uri: str, out: str, config: str, num_steps: int | None, threads: i
             result = train(lake, RUN, loaded, num_steps=num_steps, progress=bars)
         with _timed(clock, "extract"):
             build_probe(lake, RUN)
+            build_probe(lake, RUN, "train-probe", ("train",))
             _extract(lake, bars)
         with _timed(clock, "reports"):
             reports = _run_reports(lake_uri, _last_step(lake), Path(out), bars)
