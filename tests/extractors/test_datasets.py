@@ -126,7 +126,7 @@ def test_what_cannot_be_extracted_is_one_line(trained_lake):
         (
             lambda: extract(trained_lake, "exact", [Need("x")]),
             UnknownName,
-            "no dataset 'x' to extract; there are activations, attention, component_logits",
+            "no dataset 'x' to extract; there are activations, attention, attributions, component_logits",
         ),
         (
             lambda: extract(trained_lake, "exact", [Need("svd")], "5,99"),
