@@ -123,18 +123,23 @@ WHERE p.split = '__all__' AND p.pair_type = '__all__' AND p.record_side = $recor
 ORDER BY p.source_step
 
 -- view: side_summary
+WITH sums AS (
+  SELECT
+    count(*) AS num_intervals,
+    fsum(actual_score_delta) AS sum_actual,
+    fsum(q_vector_delta_source_key) AS sum_q_side,
+    fsum(source_query_k_vector_delta) AS sum_k_side,
+    fsum(qk_vector_cross) AS sum_cross,
+    count(*) FILTER (actual_score_delta > 0) AS growing_intervals,
+    count(*) FILTER (abs(q_vector_delta_source_key) > abs(source_query_k_vector_delta)) AS q_side_larger
+  FROM side_changes
+)
 SELECT
-  count(*) AS num_intervals,
-  fsum(actual_score_delta) AS sum_actual,
-  fsum(q_vector_delta_source_key) AS sum_q_side,
-  fsum(source_query_k_vector_delta) AS sum_k_side,
-  fsum(qk_vector_cross) AS sum_cross,
-  count(*) FILTER (actual_score_delta > 0) AS growing_intervals,
-  count(*) FILTER (abs(q_vector_delta_source_key) > abs(source_query_k_vector_delta)) AS q_side_larger,
-  arg_max(source_step, actual_score_delta / step_gap) AS fastest_source_step,
-  arg_max(target_step, actual_score_delta / step_gap) AS fastest_target_step,
-  arg_max(actual_score_delta, actual_score_delta / step_gap) AS fastest_delta
-FROM side_changes
+  s.*, f.source_step AS fastest_source_step, f.target_step AS fastest_target_step, f.actual_score_delta AS fastest_delta
+FROM sums AS s, side_changes AS f
+-- The way it went as a whole.
+ORDER BY (CASE WHEN s.sum_actual < 0 THEN -1 ELSE 1 END) * f.actual_score_delta / f.step_gap DESC, f.source_step
+LIMIT 1
 
 -- The parts by interval, under names for readers.
 -- view: named_parts

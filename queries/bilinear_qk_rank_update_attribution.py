@@ -188,8 +188,10 @@ class BilinearQKRankUpdateAttribution(DecomposedReport, QKRankOptions):
         """How far the separation moved and when, how well that is explained, and what carried it."""
         of = results.rows("FROM rank_summary")[0]
         fastest = results.first(
-            "SELECT * FROM primary_metrics WHERE label = $label ORDER BY actual_delta / step_gap DESC, source_step LIMIT 1",
+            "SELECT * FROM primary_metrics WHERE label = $label ORDER BY $sign * actual_delta / step_gap DESC, source_step "
+            "LIMIT 1",
             label=of["label"],
+            sign=-1 if of["sum_actual_delta"] < 0 else 1,
         )
         assert fastest is not None
         return [
