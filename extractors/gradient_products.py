@@ -32,7 +32,7 @@ from . import dataset
 from .forward import probe_of
 from .interval import Interval, IntervalExtractor, Source
 from .pair_sets import PairSelection, PairSet, load_pairs, select_pairs, side_probe
-from .probe_batches import Integers
+from .probe_batches import Integers, ProbeData
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ class _Groups:
     """`Float64[group, cell]`: 1 where a group holds a cell."""
     scored: Tensor
     """`Bool[cell]`: whether the scalars are of these pairs."""
+    of_type: Integers
+    """`Bool[pair]`: whether the scalars are of this pair."""
+
+    def mean(self, gradients: Mapping[str, Tensor], cells: Integers) -> dict[str, Tensor]:
+        """`Float[cell, *parameter]` by name, sums over the pairs of `cells` (`Int[pair]`): the mean over those that the
+        scalars are of, `Float[1, *parameter]`."""
+        members = torch.zeros(1, int(cells.max()) + 1, dtype=torch.float64)
+        members[0, cells[self.of_type]] = 1 / float(self.of_type.sum())
+        return combine(gradients, members)
 
 
 @dataclass(frozen=True)
@@ -116,21 +125,32 @@ class GradientProductsExtractor(IntervalExtractor):
         return {side: probe_of(context, side_probe(self.selection.probe, side)).sha256 for side in self.sides}
 
     def open(self, context: dataset.Context, source: Source, device: str) -> None:
-        """Losses and gradients at a source; they are found again in `Source.taken`."""
+        """Losses and gradients at a source; they are found again in `Source.taken`.
+
+        Gradients of scalars that were just taken there for their attributions are not taken again.
+        """
         if self._groups is None:
             self._groups = self._group(context)
-        groups = self._groups
-        probes = {side: probe_of(context, side_probe(self.selection.probe, side)) for side in self.sides}
+        groups, count = self._groups, self._groups.members.shape[1]
+        loss = Task(self.loss, cells=count)
+        tasks = {
+            self._spec(scalar): Task(scalar, cells=count)
+            for scalar in self.scalars
+            if self._spec(scalar) not in source.tasks
+        }
+        wanted = {*self.loss.sides, *(side for task in tasks.values() for side in task.scalar.sides)}
+        probes: dict[str, ProbeData] = {
+            side: probe_of(context, side_probe(self.selection.probe, side))
+            for side in SIDES
+            if side in wanted
+        }
         model = context.adapter().load_model(source.weights, device)
         for data in probes.values():
             data.require_fit(model)
         batches = groups.pairs.batches(probes, device, groups.cells)
-        count = groups.members.shape[1]
-        loss = Task(self.loss, cells=count)
-        tasks = {self._spec(scalar): Task(scalar, cells=count) for scalar in self.scalars}
-        of_scalars = [batch for batch in batches if groups.scored[batch.cell]]
+        first = [batch for batch in batches if groups.scored[batch.cell]]
         rest = [batch for batch in batches if not groups.scored[batch.cell]]
-        measure(model, source.weights, of_scalars, [*tasks.values(), loss])
+        measure(model, source.weights, first, [*tasks.values(), loss])
         if rest:
             measure(model, source.weights, rest, [loss])
         for name in source.weights:
@@ -138,15 +158,20 @@ class GradientProductsExtractor(IntervalExtractor):
                 raise ScalarError(
                     f"the language-model loss does not reach parameter {name}: it has no gradient"
                 )
-        order = np.concatenate(
-            [
-                np.flatnonzero(groups.cells == batch)
-                for batch in dict.fromkeys(of.cell for of in [*of_scalars, *rest])
-            ]
-        )
-        source.taken[self.key] = self._take(groups, loss, tasks, torch.from_numpy(groups.cells[order]))
+        in_order = [
+            np.flatnonzero(groups.cells == cell) for cell in dict.fromkeys(of.cell for of in [*first, *rest])
+        ]
+        cell = torch.from_numpy(groups.cells[np.concatenate(in_order)])
+        gradients = {spec: groups.mean(task.gradients, groups.cells) for spec, task in tasks.items()}
+        for spec in map(self._spec, self.scalars):
+            if spec in source.tasks:
+                gradients[spec] = groups.mean(source.tasks[spec].gradients, groups.pairs.finest)
+        source.taken[self.key] = self._take(groups, loss, gradients, cell)
 
-    def _take(self, groups: _Groups, loss: Task, tasks: Mapping[str, Task], cell: Tensor) -> Taken:
+    @staticmethod
+    def _take(
+        groups: _Groups, loss: Task, gradients: Mapping[str, Mapping[str, Tensor]], cell: Tensor
+    ) -> Taken:
         """Groups put together from cells; `cell` is that of each pair, in the order they were measured."""
         count = groups.members.shape[1]
 
@@ -164,13 +189,7 @@ class GradientProductsExtractor(IntervalExtractor):
             group: {name: of[at].item() for name, of in columns.items()}
             for at, group in enumerate(groups.values)
         }
-        scored = groups.scored.double()
-        size = float((scored[cell]).sum())
-        return Taken(
-            losses,
-            combine(loss.gradients, groups.members / tokens[:, None]),
-            {spec: combine(task.gradients, scored[None] / size) for spec, task in tasks.items()},
-        )
+        return Taken(losses, combine(loss.gradients, groups.members / tokens[:, None]), gradients)
 
     def _spec(self, scalar: Scalar) -> str:
         return spec_id(attribution_parameters(scalar.name, scalar.model_dump(), **self._selected()))
@@ -191,7 +210,8 @@ class GradientProductsExtractor(IntervalExtractor):
                 + ", ".join(sorted(set(pairs.pair_type)))
             )
         cells = np.array([place[of] for of in zip(names, pairs.pair_type, strict=True)])
-        return _Groups(pairs, values, cells, members, scored)
+        of_type = np.array([self.scalar_pair_type in (ALL, kind) for kind in pairs.pair_type])
+        return _Groups(pairs, values, cells, members, scored, of_type)
 
     def write(self, context: dataset.Context, writer: UnitWriter, *, interval: Interval) -> None:
         """Writes one interval."""

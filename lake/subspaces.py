@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 ROUTE_SCORE = "route_score"
-LM_LOSS = "lm_loss"
 
 Subspace = Literal[
     "embedding_key_identity",

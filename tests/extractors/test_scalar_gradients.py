@@ -169,6 +169,24 @@ def test_groups_are_pooled_by_tokens(lake):
     assert update["__all__"] * whole[1] == pytest.approx(pooled, rel=1e-5)
 
 
+def test_gradients_that_are_at_hand_are_not_taken_again(lake, route_lake_path, tmp_path):
+    """With the scalar's attributions in one go, or afterwards: the same products."""
+    wanted = products(pair_type=("query_key", "support_value"))
+    of_interval = attribution_parameters(
+        "route_score", ROUTE, **{**PAIRS, "pair_type": ("query_key", "support_value")}
+    )
+    extract(lake, RUN, [wanted], "38,40")
+    query = "SELECT data_group, factor, parameter, product FROM gradient_products ORDER BY ALL"
+    apart = rows(lake, query)
+    path = tmp_path / "together.lake"
+    shutil.copytree(route_lake_path, path)
+    with Lake.open(path) as together:
+        extract(together, RUN, [Need(ATTRIBUTIONS, of_interval), wanted], "38,40")
+        found = rows(together, query)
+    assert [row[:3] for row in found] == [row[:3] for row in apart]
+    np.testing.assert_allclose([row[3] for row in found], [row[3] for row in apart], rtol=2e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("need", "error", "message"),
     [
