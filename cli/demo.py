@@ -86,12 +86,12 @@ def _timed(clock: dict[str, float], phase: str) -> Iterator[None]:
 
 
 # Single steps that the reports on recorded updates look at.
-_WINDOW = 32
+_WINDOW = 48
 
 
 def _steps(last: int) -> dict[str, str]:
-    """Steps by what a report's `demo_steps` says: about ten checkpoints, and a window where the first head has formed."""
-    start = max(0, min(last - _WINDOW, last * 23 // 100))
+    """Steps by what a report's `demo_steps` says: about ten checkpoints, and a window in which the first head forms."""
+    start = max(0, min(last - _WINDOW, last * 34 // 100))
     return {
         "checkpoints": f"0:{last}:{max(1, -(-last // 10))},last",
         "window": f"{start}:{min(last, start + _WINDOW)}",
