@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ..lake import Lake
 from .attribution_report import ARITHMETIC, DecomposedReport
-from .chart import Bars, Grid, Scatter, Trajectory
+from .chart import Grid, Scatter, Trajectory
+from .decomposed_charts import TOP_CONTRIBUTIONS
 from .decomposed_sql import DECOMPOSED_SUMMARY, interval_facts
 from .downstream_options import HOW_TO_READ, UNITS, DownstreamOptions
 from .key_roles import check_key_rule
@@ -114,17 +116,7 @@ class AttentionDownstreamUpdateAttribution(DecomposedReport, DownstreamOptions):
                 unit: (f"first order, {title}", f"actual change, {title}") for unit, title in UNITS.items()
             },
         ),
-        Bars(
-            "top_contributions",
-            "top_groups",
-            "Which groups of parameters carried the first scalar's change?",
-            about="summed over the intervals, integrated where that was asked for; compare within a kind of group",
-            value="contribution",
-            value_title="Σ gradient · update",
-            label="name",
-            panel="partition",
-            rows=12,
-        ),
+        replace(TOP_CONTRIBUTIONS, title="Which groups of parameters carried the first scalar's change?"),
     )
     how_to_read = (
         *HOW_TO_READ,

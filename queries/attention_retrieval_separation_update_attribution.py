@@ -4,6 +4,7 @@ which parameters? (definitions 2 §F1)"""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -12,7 +13,8 @@ from ..lake import Lake
 from ..lake.datasets import SCORE_CHANGES, Need, score_change_parameters
 from ..lake.names import spec_id
 from .attribution_report import ARITHMETIC, DecomposedReport, SeparationOptions
-from .chart import Bars, Scatter, StackedBars, Trajectory
+from .chart import StackedBars, Trajectory
+from .decomposed_charts import ACTUAL_VS_PREDICTED, TOP_CONTRIBUTIONS
 from .decomposed_findings import carried, explained, movement
 from .decomposed_sql import DECOMPOSED_SUMMARY, interval_facts
 from .markdown import number, percent
@@ -122,28 +124,13 @@ class AttentionRetrievalSeparationUpdateAttribution(DecomposedReport, Separation
             y_title="change of the score separation",
             highlight=9,
         ),
-        Scatter(
-            "actual_vs_predicted",
-            "actual_vs_predicted",
-            "Does the first order explain the change?",
+        replace(
+            ACTUAL_VS_PREDICTED,
             about="a point is a component over an interval; on the diagonal gradient times update is the whole of it",
-            x_title="first order: gradient · update",
-            y_title="actual change",
-            label="interval",
-            color="series",
-            diagonal=True,
-            highlight=4,
         ),
-        Bars(
-            "top_contributions",
-            "top_groups",
-            "Which groups of parameters carried the change?",
+        replace(
+            TOP_CONTRIBUTIONS,
             about="of the first component, summed over the intervals; compare within a kind of group",
-            value="contribution",
-            value_title="Σ gradient · update",
-            label="name",
-            panel="partition",
-            rows=12,
         ),
     )
     how_to_read = (

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from ..lake import Lake
 from .attribution_report import ARITHMETIC, DecomposedReport, QKRankOptions
-from .chart import Bars, Scatter, Trajectory
+from .chart import Trajectory
+from .decomposed_charts import ACTUAL_VS_PREDICTED, RELATIVE_ERROR, TOP_CONTRIBUTIONS
 from .decomposed_findings import carried, explained, movement
 from .decomposed_sql import DECOMPOSED_SUMMARY, interval_facts
 from .pair_selection import RecordSide
@@ -83,37 +84,9 @@ class BilinearQKRankUpdateAttribution(DecomposedReport, QKRankOptions):
             y_title="Σ change of the separation",
             series="series",
         ),
-        Scatter(
-            "actual_vs_predicted",
-            "actual_vs_predicted",
-            "Does the first order explain the change?",
-            about="a point is an interval; on the diagonal gradient times update is the whole of it",
-            x_title="first order: gradient · update",
-            y_title="actual change",
-            label="interval",
-            color="series",
-            diagonal=True,
-            highlight=4,
-        ),
-        Trajectory(
-            "relative_error",
-            "relative_error",
-            "Error of the attribution, relative to the actual change",
-            y_title="|actual − attributed| / |actual|",
-            series="series",
-            log_y=True,
-        ),
-        Bars(
-            "top_contributions",
-            "top_groups",
-            "Which groups of parameters carried the change?",
-            about="summed over the intervals, integrated where that was asked for; compare within a kind of group",
-            value="contribution",
-            value_title="Σ gradient · update",
-            label="name",
-            panel="partition",
-            rows=12,
-        ),
+        ACTUAL_VS_PREDICTED,
+        RELATIVE_ERROR,
+        TOP_CONTRIBUTIONS,
     )
     how_to_read = (
         "The separation is the mean over support keys minus the mean over distractor keys (up to the query) of the "

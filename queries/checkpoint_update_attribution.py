@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -10,7 +11,8 @@ from pydantic import Field, model_validator
 from ..lake import Lake
 from ..lake.subspaces import Subspace
 from .attribution_report import ARITHMETIC, DecomposedReport
-from .chart import Bars, Scatter, Trajectory
+from .chart import Trajectory
+from .decomposed_charts import ACTUAL_VS_PREDICTED, RELATIVE_ERROR, TOP_CONTRIBUTIONS
 from .decomposed_findings import carried, explained, movement
 from .decomposed_sql import DECOMPOSED_SUMMARY, interval_facts
 from .markdown import number, percent
@@ -79,37 +81,9 @@ class CheckpointUpdateAttribution(DecomposedReport, RouteReport):
             y_title="Σ change of the route score",
             series="series",
         ),
-        Scatter(
-            "actual_vs_predicted",
-            "actual_vs_predicted",
-            "Does the first order explain the change?",
-            about="a point is an interval; on the diagonal gradient times update is the whole of it",
-            x_title="first order: gradient · update",
-            y_title="actual change of the route score",
-            label="interval",
-            color="series",
-            diagonal=True,
-            highlight=4,
-        ),
-        Trajectory(
-            "relative_error",
-            "relative_error",
-            "Error of the attribution, relative to the actual change",
-            y_title="|actual − attributed| / |actual|",
-            series="series",
-            log_y=True,
-        ),
-        Bars(
-            "top_contributions",
-            "top_groups",
-            "Which groups of parameters carried the change?",
-            about="summed over the intervals, integrated where that was asked for; compare within a kind of group",
-            value="contribution",
-            value_title="Σ gradient · update",
-            label="name",
-            panel="partition",
-            rows=12,
-        ),
+        replace(ACTUAL_VS_PREDICTED, y_title="actual change of the route score"),
+        RELATIVE_ERROR,
+        TOP_CONTRIBUTIONS,
     )
     how_to_read = (
         "The margin is the logit of the clean record's token less that of the corrupted one's, at the prediction. The "
