@@ -15,12 +15,12 @@ from pydantic import Field, field_validator, model_validator
 
 from ..lake.subspaces import ROUTE_SCORE, SUBSPACES, route_parameters
 from .attribution_report import AttributionReport, require_rank
+from .pair_selection import RecordSide
 from .probe_report import require_head, require_roles, require_stages
 from .results import Results
 
 if TYPE_CHECKING:
     from ..lake import Lake
-    from .pair_selection import RecordSide
 
 _REQUIRED = ("label", "stage", "subspace", "position_role")
 _KEYS = (*_REQUIRED, "rank", "head_layer", "head")
@@ -230,6 +230,10 @@ class RouteReport(AttributionReport):
     """Base of reports on route scores. `routes` says which; a route takes both records of a pair."""
 
     more_views: ClassVar[str] = _VIEWS
+
+    record_side: tuple[RecordSide, ...] = Field(
+        ("clean",), description="not for routes: they take both records of a pair"
+    )
 
     @model_validator(mode="after")
     def _no_side(self) -> RouteReport:
