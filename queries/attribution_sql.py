@@ -72,7 +72,7 @@ SELECT
 FROM scalar_changes AS c
 JOIN intervals AS i USING (source_step, target_step)
 WHERE c.run = $run AND list_contains($spec, c.spec)
-ORDER BY ALL
+ORDER BY spec, source_step, pair_id, quantity
 
 -- Cells by scalar: scalars of one report may be of different pairs.
 -- view: scalar_cells
@@ -179,6 +179,14 @@ FROM every
 WHERE list_contains($group_kinds, group_kind) OR list_contains($group_ids, group_id)
 ORDER BY group_kind, group_id, slice_kind, slice
 
+-- The parts that the groups are put together from, and every parameter: read once.
+-- view: attributed_parts
+SELECT a.* EXCLUDE (run, scalar, scalar_head, record_side)
+FROM attribution_slices AS a
+JOIN intervals AS i USING (source_step, target_step)
+WHERE a.run = $run AND list_contains($spec, a.spec)
+  AND (a.slice_kind = 'parameter' OR (a.slice_kind, a.slice) IN (SELECT (slice_kind, slice) FROM group_parts))
+
 -- Gradient of a cell's mean, times the update and its terms, summed over a group; squared norms beside it.
 -- view: contributions
 SELECT
@@ -186,12 +194,10 @@ SELECT
   any_value(a.num_pairs) AS num_pairs,
   sum(a.numel)::BIGINT AS num_selected_parameters,
   @CONTRIBUTED@
-FROM attribution_slices AS a
-JOIN intervals AS i USING (source_step, target_step)
+FROM attributed_parts AS a
 JOIN group_parts AS g USING (slice_kind, slice)
 JOIN update_slices AS u ON u.run = $run AND u.source_step = a.source_step AND u.target_step = a.target_step
   AND u.slice_kind = a.slice_kind AND u.slice = a.slice
-WHERE a.run = $run AND list_contains($spec, a.spec)
 GROUP BY a.spec, a.source_step, a.target_step, a.split, a.pair_type, a.point, g.group_id
 ORDER BY a.spec, a.source_step, a.target_step, a.split, a.pair_type, a.point, g.group_id
 """
@@ -280,10 +286,9 @@ SELECT
   a.spec, a.source_step, a.target_step, a.split, a.pair_type,
   list(a.slice ORDER BY p.position) FILTER (a.gradient_squared = 0) AS zero_names,
   coalesce(fsum(a.actual_update * len(p.tied_to)) FILTER (len(p.tied_to) > 0), 0) AS of_aliases
-FROM attribution_slices AS a
-JOIN intervals AS i USING (source_step, target_step)
+FROM attributed_parts AS a
 JOIN parameters AS p ON p.run = $run AND p.parameter = a.slice
-WHERE a.run = $run AND list_contains($spec, a.spec) AND a.slice_kind = 'parameter' AND a.point = 'source'
+WHERE a.slice_kind = 'parameter' AND a.point = 'source'
 GROUP BY ALL
 
 -- The actual change of every cell beside the one its gradient predicts.
