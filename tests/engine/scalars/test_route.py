@@ -235,7 +235,7 @@ def test_first_order_is_exact_on_a_small_step(world, at_source):
     [
         ({"subspace": "head_qk"}, "no subspace 'head_qk'; there are embedding_key_identity"),
         ({"rank": None}, "head_qk_query needs a rank of at least 1"),
-        ({"rank": 0}, "rank Input should be greater than or equal to 1"),
+        ({"rank": 0}, "rank input should be greater than or equal to 1"),
         ({"head": None}, "head_qk_query is of a head: name its layer and number"),
         ({"subspace": "full_residual"}, "full_residual is the whole residual vector: it takes no rank"),
         ({"subspace": "full_residual", "rank": None}, "full_residual is of no head"),
