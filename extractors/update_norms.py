@@ -21,14 +21,16 @@ class UpdateNormsExtractor(IntervalExtractor):
     def write(self, context: dataset.Context, writer: UnitWriter, *, interval: Interval) -> None:
         """Writes one interval."""
         sums, order = interval.sums, part_order(interval.sums)
-        fields = dict(interval.fields)
         names = list(interval.field_names)
+        squares = [sums.squares(interval.fields)]
         if interval.update is not None:
             names += UPDATE_SUMS
-            for name, of in interval.terms.items():
-                summed = [of.adam_preconditioned, of.reconstructed]
-                fields[name] = torch.cat([fields[name], torch.stack(summed)])
-        squared = dict(zip(names, sums.squares(fields)[:, order].numpy(), strict=True))
+            summed = {
+                name: torch.stack([of.adam_preconditioned, of.reconstructed])
+                for name, of in interval.terms.items()
+            }
+            squares.append(sums.squares(summed))
+        squared = dict(zip(names, torch.cat(squares)[:, order].numpy(), strict=True))
         count = len(order)
         writer.rows(
             "update_slices",
