@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from lakebed.engine.scalars import ScalarError
+from lakebed.engine.decoder import SymbolicKVDecoder
+from lakebed.engine.scalars import Evaluation, Scalar, ScalarError
 from lakebed.engine.tap import TrainingState
 from lakebed.extractors import attributions as attributions_module
 from lakebed.extractors.interval import NonFiniteUpdate
@@ -287,14 +289,63 @@ def test_another_probe_under_the_same_name_is_refused(lake, benchmark_data):
         extract(lake, RUN, [need()], "8:9")
 
 
+def register(lake, config, name):
+    """A run of the same model whose states are written one by one, as an import does."""
+    info = RunInfo(source="import", adapter="symbolic_kv", config=config.canonical_json(), seed=1)
+    model = SymbolicKVDecoder(config.model, config.benchmark.vocabulary_size)
+    register_run(lake, name, info, model_parameters(model, {}))
+
+
+def test_neighbouring_steps_that_nobody_recorded_have_no_terms(lake, config, benchmark_data):
+    """Weights of both ends alone: what the update was is known, not what it is the sum of."""
+    register(lake, config, "imported")
+    for step, state in enumerate(StateReader(lake, RUN).iterate([16, 17])):
+        held = {name: of.clone() for name, of in state.weights.items()}
+        write_state(lake, "imported", step, TrainingState(held, {}, {}), f"state {step}")
+    build_probe(lake, "imported", examples_per_split=4, max_pairs_per_type=6, benchmark=benchmark_data)
+    extract(lake, "imported", [need(), Need(UPDATE_NORMS)], "0:1")
+    extract(lake, RUN, [need()], "16:17")
+    found = rows(
+        lake,
+        "SELECT run, sum(actual_update), sum(raw_sgd), sum(weight_decay) FROM attribution_slices "
+        "WHERE slice_kind = 'parameter' AND split = '__all__' GROUP BY run ORDER BY run",
+    )
+    (_, recorded, sgd, decay), (_, imported, *terms) = found
+    assert imported == pytest.approx(recorded, rel=1e-9)
+    assert sgd is not None
+    assert decay is not None
+    assert terms == [None, None]
+
+
+def test_a_step_beyond_the_recording_is_named(lake):
+    with pytest.raises(MissingData, match=r"run 'exact' has no step 49; it has 0:48.*lakebed trace"):
+        extract(lake, RUN, [need()], "48,49")
+
+
+class Constant(Scalar):
+    """A number that depends on nothing."""
+
+    name: ClassVar[str] = "constant"
+
+    @property
+    def sides(self):
+        return ("clean",)
+
+    def evaluate(self, passes, basis, frozen):
+        return Evaluation(torch.ones(passes.pairs.count))
+
+
+def test_a_scalar_that_reaches_no_parameter_is_refused(lake, monkeypatch):
+    monkeypatch.setattr(attributions_module, "build_scalar", lambda name, parameters: Constant())
+    wanted = Need(ATTRIBUTIONS, attribution_parameters("constant", {}, pair_type=("support_value",)))
+    with pytest.raises(ScalarError, match="scalar constant reaches no parameter: it has no gradient"):
+        extract(lake, RUN, [wanted], "8:9")
+
+
 def test_weights_that_are_not_finite_are_refused(lake, config):
     reader = StateReader(lake, RUN)
     weights = {name: of.clone() for name, of in reader.read(16).weights.items()}
-    info = RunInfo(source="import", adapter="symbolic_kv", config=config.canonical_json(), seed=1)
-    from lakebed.engine.decoder import SymbolicKVDecoder
-
-    model = SymbolicKVDecoder(config.model, config.benchmark.vocabulary_size)
-    register_run(lake, "broken", info, model_parameters(model, {}))
+    register(lake, config, "broken")
     write_state(lake, "broken", 0, TrainingState(weights, {}, {}), "zero")
     damaged = {**weights, "blocks.1.ff.fc_in.weight": weights["blocks.1.ff.fc_in.weight"] * torch.inf}
     write_state(lake, "broken", 1, TrainingState(damaged, {}, {}), "one")
