@@ -46,7 +46,7 @@ _COMBINED = ",\n  ".join(
 
 
 class RouteCompetitionReport(SeveralRoutes):
-    """Which of several routes does descent on held-out and on training records support, and which did the updates grow?
+    """Which of several routes does descent on the data support, and which did the updates grow?
 
     A route's subspace is that of each interval's source, frozen there.
     """

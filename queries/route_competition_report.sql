@@ -63,15 +63,17 @@ WHERE r.split = '__all__' AND r.pair_type = $route_pair_type
 ORDER BY r.source_step, r.domain, r.position, g.group_position
 
 -- rows: pair_rows
-SELECT
-  'eval' AS domain, pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value,
-  corrupted_answer_value, clean_transfer_token, corrupted_transfer_token, mutation
-FROM chosen_pairs
-UNION ALL
-SELECT
-  'train', pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value,
-  corrupted_answer_value, clean_transfer_token, corrupted_transfer_token, mutation
-FROM train_pairs
+SELECT * EXCLUDE (scan_order)
+FROM (
+  SELECT 'eval' AS domain, * FROM listed_pairs
+  UNION ALL
+  SELECT
+    'train', pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value,
+    corrupted_answer_value, clean_transfer_token, corrupted_transfer_token, mutation,
+    row_number() OVER (ORDER BY clean_event, pair_type)
+  FROM train_pairs
+)
+ORDER BY domain, scan_order
 
 -- A route per row: the last interval, all pairs.
 -- view: combined_rows
