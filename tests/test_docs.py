@@ -28,7 +28,7 @@ def blocks(page: Path, languages: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a demo.lake of 64 recorded steps, its svd, a probe with its attention, and a folder of checkpoints."""
+    """A folder with a demo.lake of 64 recorded steps, its svd, a probe with its attention, some attributions, and checkpoints."""
     folder = tmp_path_factory.mktemp("docs")
     import torch
     from lakebed.engine.config import load_config
@@ -38,6 +38,13 @@ def workplace(tmp_path_factory):
     run(folder, "lakebed train demo --lake demo.lake --run demo --num-steps 64 --threads 1")
     run(folder, "lakebed probe build --lake demo.lake --run demo")
     run(folder, "lakebed extract svd attention --lake demo.lake --run demo --steps 0:64:8 --threads 1")
+    scalar = "qk_rank_separation,head=L1H1,rank=4,stage=layer_0_post_mlp"
+    roles = "support_key_role=support_key,distractor_key_role=key_distractors"
+    run(
+        folder,
+        f"lakebed extract attributions --scalar {scalar},{roles} --pair-type support_value --lake demo.lake --run demo "
+        "--steps 20:24 --threads 1",
+    )
     loop = TrainingLoop(load_config("demo"))
     (folder / "checkpoints").mkdir()
     for step in (1, 2):
