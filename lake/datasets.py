@@ -86,6 +86,18 @@ VECTOR_LABELS = {
 }
 
 
+def _pairs(
+    probe: str, pair_type: Sequence[str], split: Sequence[str], max_pairs_per_type: int
+) -> dict[str, Any]:
+    """A selection of pairs; the order in which types and splits are named does not matter."""
+    return {
+        "probe": probe,
+        "pair_type": sorted(set(pair_type)),
+        "split": sorted(set(split)),
+        "max_pairs_per_type": max_pairs_per_type,
+    }
+
+
 def attribution_parameters(
     scalar: str,
     parameters: Mapping[str, Any],
@@ -101,10 +113,7 @@ def attribution_parameters(
     `integrate` is the number of points on the path at which the gradient is taken too; 0 for the source alone.
     """
     return {
-        "probe": probe,
-        "pair_type": sorted(set(pair_type)),
-        "split": sorted(set(split)),
-        "max_pairs_per_type": max_pairs_per_type,
+        **_pairs(probe, pair_type, split, max_pairs_per_type),
         "integrate": integrate,
         "scalar": scalar,
         "parameters": dict(parameters),
@@ -146,10 +155,7 @@ def gradient_product_parameters(
     """Parameters of dataset gradient_products: scalars (of the pairs of one type, or `__all__`), the fields by which all
     pairs are grouped, and the records (clean, corrupted, both) whose language-model loss each group has."""
     return {
-        "probe": probe,
-        "pair_type": sorted(set(pair_type)),
-        "split": sorted(set(split)),
-        "max_pairs_per_type": max_pairs_per_type,
+        **_pairs(probe, pair_type, split, max_pairs_per_type),
         "scalars": [{"scalar": name, "parameters": dict(parameters)} for name, parameters in scalars],
         "scalar_pair_type": scalar_pair_type,
         "data_group_field": list(dict.fromkeys(data_group_field)),
@@ -169,10 +175,7 @@ def score_change_parameters(
 ) -> dict[str, Any]:
     """Parameters of dataset score_changes: a head (L2H1), its three roles, the record that is scored, the pairs."""
     return {
-        "probe": probe,
-        "pair_type": sorted(set(pair_type)),
-        "split": sorted(set(split)),
-        "max_pairs_per_type": max_pairs_per_type,
+        **_pairs(probe, pair_type, split, max_pairs_per_type),
         "head": head,
         "record_side": record_side,
         **roles,
