@@ -34,10 +34,10 @@ from ..lake.datasets import (
     SCORE_CHANGES,
     SVD,
     UPDATE_NORMS,
-    VALUE_CODE_RESCUES,
     WEIGHTS,
 )
 from ..lake.errors import UnknownName
+from ..lake.value_codes import VALUE_CODE_RESCUES
 from ..lake.write_conditions import WRITE_CONDITIONS
 from .runs import RecordingError
 from .states import State, StateReader

@@ -41,6 +41,11 @@ MACROS: dict[str, tuple[str, str]] = {
         "1 - sum((actual::DOUBLE - predicted::DOUBLE)^2) FILTER (actual IS NOT NULL) "
         "/ (var_pop(actual::DOUBLE) FILTER (isfinite(actual)) * count(actual)) END",
     ),
+    "split_number(sample_id, query_index)": (
+        "a number from 0 to 1 that depends on nothing but the event: the first 8 bytes of SHA-256 of sample_id:query_index, "
+        "over 2^64 - 1",
+        "('0x' || left(sha256(sample_id || ':' || query_index), 16))::UBIGINT::DOUBLE / 18446744073709551615.0",
+    ),
     "positive_part(x)": (
         "max(0, x); null stays null",
         "CASE WHEN x IS NOT NULL THEN greatest(0, x) END",

@@ -6,7 +6,7 @@ it when nothing was written yet. `run` is a column of every table and comes from
 
 from __future__ import annotations
 
-from . import schema_attributions, schema_probes, schema_training, schema_writes
+from . import schema_attributions, schema_probes, schema_training, schema_value_codes, schema_writes
 from .columns import Column, Quantity, Table
 
 FORMAT_VERSION = 1
@@ -17,6 +17,7 @@ TABLES: dict[str, Table] = {
         *schema_training.TABLES,
         *schema_probes.TABLES,
         *schema_attributions.TABLES,
+        *schema_value_codes.TABLES,
         *schema_writes.TABLES,
     )
 }
