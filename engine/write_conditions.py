@@ -71,37 +71,36 @@ def heads_at_query(model: Model, records: Records, passed: PairPass, roles: Sepa
         _layer(passed, layer, records.row, query, support[:, None], distractors[:, None])
         for layer in range(model.n_layers)
     ]
-    columns = [torch.stack(column, 1) for column in zip(*of_layers, strict=True)]
     distinct = passed.distinct
     return HeadsAtQuery(
-        query,
-        *columns,
-        at_prediction(records, distinct.stages[model.stages[-2]]),
-        at_prediction(records, distinct.final),
+        query=query,
+        last=at_prediction(records, distinct.stages[model.stages[-2]]),
+        final=at_prediction(records, distinct.final),
+        **{name: torch.stack([of[name] for of in of_layers], 1) for name in of_layers[0]},
     )
 
 
 def _layer(
     passed: PairPass, layer: int, row: Tensor, query: Tensor, support: Tensor, distractors: Tensor
-) -> tuple[Tensor, ...]:
-    """Columns support_score to support of a layer, `[pair, head, …]`; the masks are `Bool[pair, 1, position]`."""
+) -> dict[str, Tensor]:
+    """Columns of one layer, `[pair, head, …]`; the masks are `Bool[pair, 1, position]`."""
     keys, values = passed.keys[layer], passed.values[layer]
     q = passed.distinct.queries[layer][row, :, query]
     scores = (keys @ q[..., None])[..., 0] / math.sqrt(q.shape[-1])
     after = torch.arange(scores.shape[-1], device=scores.device) > query[:, None, None]
     attention = scores.masked_fill(after, -math.inf).softmax(-1)
     of_support = attention * support
-    return (
-        mean_over(support, scores),
-        mean_over(distractors, scores),
-        mean_over(support, attention),
-        mean_over(distractors, attention),
-        of_support.sum(-1),
-        (attention * distractors).sum(-1),
-        _mix(attention, values),
-        _mix(of_support, values),
-        _mix((support / support.sum(-1, keepdim=True)).expand_as(attention), values),
-    )
+    return {
+        "support_score": mean_over(support, scores),
+        "distractor_score": mean_over(distractors, scores),
+        "support_attention": mean_over(support, attention),
+        "distractor_attention": mean_over(distractors, attention),
+        "support_mass": of_support.sum(-1),
+        "distractor_mass": (attention * distractors).sum(-1),
+        "attended": _mix(attention, values),
+        "attended_support": _mix(of_support, values),
+        "support": _mix((support / support.sum(-1, keepdim=True)).expand_as(attention), values),
+    }
 
 
 def _mix(weights: Tensor, values: Tensor) -> Tensor:

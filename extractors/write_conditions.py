@@ -1,8 +1,8 @@
 """Dataset write_conditions: what every head writes of causal patch pairs, with its attention and values real or replaced.
 
-The reference toolkit takes shuffled values from the previous pair of an evaluation batch, so that its numbers depend on the
-batch size. Here the partner of a pair is the one before it among the pairs of its type in scan order, the last for the first.
-(Not among all types: two types may share a clean event, whose values would then be shuffled into themselves.)
+The reference toolkit takes shuffled values from the previous pair of an evaluation batch, so that its numbers depend on
+the batch size. Here the partner of a pair is the one before it among the pairs of its type in scan order, the last for the
+first. (Not among all types: two types may share a clean event, whose values would then be shuffled into themselves.)
 """
 
 from __future__ import annotations
