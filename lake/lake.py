@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from . import codec
 from .axis import claim_rows
-from .errors import CorruptFile, InputMismatch, LakeExists, LakeNotFound, NewerFormat, UnknownName
+from .compactions import COMPACTED
+from .errors import (
+    CorruptFile,
+    InputMismatch,
+    InvalidName,
+    LakeExists,
+    LakeNotFound,
+    NewerFormat,
+    UnknownName,
+)
 from .names import check_run_name, encode_name, spec_id
-from .receipts import FileEntry, Receipt, ReceiptIndex, Unit
+from .receipt_index import ReceiptIndex
+from .receipts import FileEntry, Receipt, Unit
 from .schema import FORMAT_VERSION, QUANTITIES, TABLES
 from .steps import summarize_steps
 from .storage import Storage
@@ -152,6 +162,10 @@ class Lake:
     def unit(self, unit: Unit) -> UnitWriter:
         """A context manager that writes one unit of work; see UnitWriter."""
         check_run_name(unit.run)
+        if unit.name.startswith(COMPACTED):
+            raise InvalidName(
+                f"unit name {unit.name!r} is not usable: {COMPACTED} is where compacted receipts lie"
+            )
         return UnitWriter(self, unit)
 
     def claim_rows(self, run: str, quantity: str, count: int, block_rows: int) -> int:
@@ -178,9 +192,16 @@ class Lake:
             raise UnknownName(f"no table {name!r}; there are {', '.join(sorted(TABLES))}")
         receipts = self.receipts.all(run)
         if name == "extractions":
-            return [FileEntry(receipt.key, -1, -1) for receipt in receipts]
+            return [FileEntry(key, -1, -1) for key in dict.fromkeys(receipt.key for receipt in receipts)]
         prefix = f"tables/{name}/"
-        return [entry for receipt in receipts for entry in receipt.files if entry.path.startswith(prefix)]
+        # A compacted file is one of many units.
+        found = {
+            entry.path: entry
+            for receipt in receipts
+            for entry in receipt.files
+            if entry.path.startswith(prefix)
+        }
+        return list(found.values())
 
     def table(self, name: str, run: str | None = None) -> pl.LazyFrame:
         """A Polars lazy frame over a table (or a tensor's SQL view, e.g. "gradients"), of one run or of all."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import builtins
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from .errors import CorruptFile
 from .names import canonical_json, content_hash, spec_id
 from .schema import TABLES
-from .storage import Storage
 
 FOLDER = "tables/extractions"
 # In a receipt's footer: its row as canonical JSON, and the CRC-32C of all bytes before the footer followed by that text.
 _ROW, _CHECKSUM = b"lakebed.receipt", b"lakebed.crc32c"
+# The same of a compaction, with a list of rows.
+_ROWS = b"lakebed.receipts"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class Receipt:
     bytes: int
     seconds: float
     created_at: str
+    # Where the row lies, if not in a file of its own: see compactions.py.
+    kept_in: str | None = field(default=None, compare=False)
 
     @classmethod
     def of(
@@ -130,26 +133,32 @@ class Receipt:
     @property
     def key(self) -> str:
         """Where the receipt lies."""
-        return receipt_key(self.run, self.unit)
+        return self.kept_in or receipt_key(self.run, self.unit)
 
-    def to_parquet(self) -> builtins.bytes:
-        """The one-row Parquet file, its row once more as JSON in the footer."""
+    def to_row(self) -> dict[str, Any]:
+        """Its row of `extractions`, as plain data."""
         row = {name: getattr(self, name) for name in TABLES["extractions"].names()}
         row["steps"] = list(self.steps)
         row["files"] = [vars(entry) for entry in self.files]
         row["tensors"] = [
             {**vars(entry), "steps": list(entry.steps), "names": list(entry.names)} for entry in self.tensors
         ]
-        table = pa.Table.from_pylist([row], schema=TABLES["extractions"].arrow_schema())
-        text, sink = canonical_json(row), io.BytesIO()
-        # Without statistics: of one row they tell nothing, and unlike its pages they carry no checksum.
-        with pq.ParquetWriter(
-            sink, table.schema, compression="zstd", write_page_checksum=True, write_statistics=False
-        ) as writer:
-            writer.write_table(table)
-            checksum = google_crc32c.value(sink.getvalue() + text.encode())
-            writer.add_key_value_metadata({_ROW: text, _CHECKSUM: str(checksum)})
-        return sink.getvalue()
+        return row
+
+    def to_parquet(self) -> builtins.bytes:
+        """The one-row Parquet file, its row once more as JSON in the footer."""
+        return _rows_to_parquet([self.to_row()], _ROW)
+
+    @classmethod
+    def of_row(cls, run: str, row: dict[str, Any], kept_in: str | None = None) -> Receipt:
+        """A receipt from its row; TypeError and KeyError for one that is none."""
+        row["steps"] = tuple(row["steps"])
+        row["files"] = tuple(FileEntry(**entry) for entry in row["files"])
+        row["tensors"] = tuple(
+            TensorEntry(entry["quantity"], entry["first_row"], tuple(entry["steps"]), tuple(entry["names"]))
+            for entry in row["tensors"]
+        )
+        return cls(run=run, kept_in=kept_in, **row)
 
     @classmethod
     def from_parquet(cls, run: str, data: builtins.bytes, path: str, pages: bool = False) -> Receipt:
@@ -158,49 +167,79 @@ class Receipt:
         The row is that of the footer, if there is one: to decode the pages of each column takes six times as long, and a
         lake may have a thousand receipts. With `pages` it is the one that other readers see.
         """
-        try:
-            # pyarrow does not look at the first bytes, other readers do.
-            if data[:4] != b"PAR1":
-                raise ValueError("it does not begin like a Parquet file")
-            # Half the time of read_table, which sets up a dataset scan.
-            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-            row = (not pages and _row_of_footer(file, data)) or _row_of_pages(file)
-            row["steps"] = tuple(row["steps"])
-            row["files"] = tuple(FileEntry(**entry) for entry in row["files"])
-            row["tensors"] = tuple(
-                TensorEntry(
-                    entry["quantity"], entry["first_row"], tuple(entry["steps"]), tuple(entry["names"])
-                )
-                for entry in row["tensors"]
-            )
-            return cls(run=run, **row)
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CorruptFile(
-                f"receipt {path} is damaged ({reason}): remove it and run the same extraction again; what it "
-                "covered will be made anew"
-            ) from error
+        with _damage(path, "remove it and run the same extraction again; what it covered will be made anew"):
+            (row,) = _rows_of(data, _ROW, pages)
+            return cls.of_row(run, row)
 
 
-def _row_of_footer(file: pq.ParquetFile, data: bytes) -> dict[str, Any] | None:
-    """The row in the footer of a receipt's bytes, None in a receipt of older versions; ValueError for damage."""
+def receipts_to_parquet(receipts: Iterable[Receipt]) -> bytes:
+    """A Parquet file of many receipts, their rows once more as JSON in the footer."""
+    return _rows_to_parquet([receipt.to_row() for receipt in receipts], _ROWS)
+
+
+def receipts_from_parquet(run: str, data: bytes, path: str, pages: bool = False) -> tuple[Receipt, ...]:
+    """Reads such a file back, checksums compared; raises CorruptFile naming `path`."""
+    remedy = (
+        "restore it from a copy of the lake; or remove it and run the extractions of its units again, which makes anew "
+        "those whose own receipts `lakebed gc` has removed"
+    )
+    with _damage(path, remedy):
+        return tuple(Receipt.of_row(run, row, path) for row in _rows_of(data, _ROWS, pages))
+
+
+@contextmanager
+def _damage(path: str, remedy: str) -> Iterator[None]:
+    """What a file that is no receipt, or not whole, says to a person."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CorruptFile(f"receipt {path} is damaged ({reason}): {remedy}") from error
+
+
+def _rows_to_parquet(rows: list[dict[str, Any]], entry: bytes) -> bytes:
+    table = pa.Table.from_pylist(rows, schema=TABLES["extractions"].arrow_schema())
+    text, sink = canonical_json(rows if entry == _ROWS else rows[0]), io.BytesIO()
+    # Without statistics: of so few rows they tell nothing, and unlike the pages they carry no checksum.
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", write_page_checksum=True, write_statistics=False
+    ) as writer:
+        writer.write_table(table)
+        checksum = google_crc32c.value(sink.getvalue() + text.encode())
+        writer.add_key_value_metadata({entry: text, _CHECKSUM: str(checksum)})
+    return sink.getvalue()
+
+
+def _rows_of(data: bytes, entry: bytes, pages: bool) -> list[dict[str, Any]]:
+    """Rows of `extractions` in a file's bytes; ValueError and the like for damage."""
+    # pyarrow does not look at the first bytes, other readers do.
+    if data[:4] != b"PAR1":
+        raise ValueError("it does not begin like a Parquet file")
+    # Half the time of read_table, which sets up a dataset scan.
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    held = None if pages else _json_of_footer(file, data, entry)
+    if held is None:
+        return _rows_of_pages(file)
+    return held if isinstance(held, list) else [held]
+
+
+def _json_of_footer(file: pq.ParquetFile, data: bytes, entry: bytes) -> Any:
+    """What an entry of the footer holds, None in a receipt of older versions; ValueError for damage."""
     held = file.metadata.metadata or {}
-    if not {_ROW, _CHECKSUM} <= held.keys():
+    if not {entry, _CHECKSUM} <= held.keys():
         return None
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
-    if google_crc32c.value(data[:start] + held[_ROW]) != int(held[_CHECKSUM]):
+    if google_crc32c.value(data[:start] + held[entry]) != int(held[_CHECKSUM]):
         raise ValueError("its checksum does not match")
-    row: dict[str, Any] = json.loads(held[_ROW])
-    return row
+    return json.loads(held[entry])
 
 
-def _row_of_pages(file: pq.ParquetFile) -> dict[str, Any]:
+def _rows_of_pages(file: pq.ParquetFile) -> list[dict[str, Any]]:
     table = file.read(use_threads=False)
     if table.schema.remove_metadata() != TABLES["extractions"].arrow_schema():
         raise ValueError("its columns are not those of a receipt")
-    row: dict[str, Any]
-    (row,) = table.to_pylist()
-    return row
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
 
 
 def receipt_key(run: str, unit: str) -> str:
@@ -208,7 +247,7 @@ def receipt_key(run: str, unit: str) -> str:
     return f"{FOLDER}/run={run}/{unit}.parquet"
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
     """zstd Parquet with page checksums."""
     sink = pa.BufferOutputStream()
     # A dictionary of measured numbers would hold each of them: half of the time, and a fifth of the bytes. Nor does a
@@ -217,6 +256,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
     pq.write_table(
         table,
         sink,
+        row_group_size=row_group_size,
         compression="zstd",
         use_dictionary=keys or False,
         write_page_checksum=True,
@@ -228,63 +268,3 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def _is_measured(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_nested(kind))
-
-
-class ReceiptIndex:
-    """All receipts of a lake. They never change once written, so each is read once per process."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._known: dict[tuple[str, str], Receipt] = {}
-        # Grows with every change, so that whatever is derived from the receipts knows when it is out of date.
-        self.version = 0
-
-    def refresh(self, run: str | None = None) -> None:
-        """Reads the receipts written since the last call, of one run or of all."""
-        folders = [f"run={run}"] if run is not None else self._storage.names(FOLDER)
-        found: set[tuple[str, str]] = set()
-        for folder in folders:
-            name = folder.removeprefix("run=")
-            files = self._storage.names(f"{FOLDER}/{folder}")
-            found.update((name, file.removesuffix(".parquet")) for file in files if file.endswith(".parquet"))
-        for gone in [key for key in self._known if key not in found and run in (None, key[0])]:
-            del self._known[gone]
-            self.version += 1
-        missing = sorted(found - self._known.keys())
-        if len(missing) > 8 and not self._storage.local:
-            with ThreadPoolExecutor(16) as pool:
-                receipts: Sequence[Receipt | None] = list(pool.map(self._read, missing))
-        else:
-            receipts = [self._read(key) for key in missing]
-        for receipt in receipts:
-            if receipt is not None:
-                self.add(receipt)
-
-    def _read(self, key: tuple[str, str]) -> Receipt | None:
-        path = receipt_key(*key)
-        try:
-            return Receipt.from_parquet(key[0], self._storage.read(path), path)
-        except FileNotFoundError:
-            return None
-
-    def get(self, run: str, unit: str) -> Receipt | None:
-        """The receipt of one unit, read from storage if need be."""
-        if (run, unit) not in self._known:
-            receipt = self._read((run, unit))
-            if receipt is None:
-                return None
-            self.add(receipt)
-        return self._known[run, unit]
-
-    def all(self, run: str | None = None, dataset: str | None = None) -> list[Receipt]:
-        """Receipts known so far, by run and unit name."""
-        return [
-            receipt
-            for (of_run, _), receipt in sorted(self._known.items())
-            if run in (None, of_run) and dataset in (None, receipt.dataset)
-        ]
-
-    def add(self, receipt: Receipt) -> None:
-        """Notes a receipt."""
-        self._known[receipt.run, receipt.unit] = receipt
-        self.version += 1

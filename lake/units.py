@@ -238,7 +238,7 @@ class UnitWriter:
             self.discard()
             raise
         try:
-            created = self._storage.create(receipt.key, receipt.to_parquet())
+            created = self._lake.receipts.create(receipt)
         except BaseException:
             # An interrupt, or a store that lost its answer: the receipt may stand all the same, and then so must its
             # files. Where that cannot be told they stay, for no harm.
