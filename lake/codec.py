@@ -23,6 +23,7 @@ import numpy as np
 from numcodecs.blosc import SHUFFLE, Blosc
 
 from .errors import CorruptFile
+from .storage import PAGE
 
 _BITSHUFFLE = 2
 assert _BITSHUFFLE != SHUFFLE
@@ -101,7 +102,8 @@ def _stored_header(size: int, itemsize: int) -> bytes:
 
 
 class _Scratch(threading.local):
-    """Memory in which a thread puts one chunk after the other together: new memory costs more than the copy into it."""
+    """Memory in which a thread puts one chunk after the other together: new memory costs more than the copy into it, and of
+    memory that starts with a page `Storage` makes no copy."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
@@ -113,7 +115,8 @@ class _Scratch(threading.local):
         size = math.prod(shape) * dtype.itemsize
         whole = _HEADER_BYTES + size + 4
         if len(self._memory) < whole:
-            self._memory = np.empty(whole, np.uint8)
+            memory = np.empty(whole + PAGE, np.uint8)
+            self._memory = memory[-memory.ctypes.data % PAGE :][:whole]
         chunk = self._memory[:whole]
         chunk[:_HEADER_BYTES] = np.frombuffer(_stored_header(size, dtype.itemsize), np.uint8)
         fill(chunk[_HEADER_BYTES:-4].view(dtype).reshape(shape))
