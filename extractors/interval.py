@@ -26,8 +26,8 @@ from . import dataset
 from .states import RecordedUpdate, State
 
 if TYPE_CHECKING:
-    from .attributions import Change
     from .pair_sets import PairSelection, PairSet
+    from .scalar_changes import Change
 
 
 class NonFiniteUpdate(LakebedError):

@@ -18,13 +18,13 @@ from ..engine.scalars import Passes
 from ..engine.scalars.measure import PairBatch, Task, combine, measure
 from ..engine.slices import SliceSums
 from ..lake import UnitWriter
-from .attributions import AttributionsExtractor, Change
 from .dataset import Context
 from .forward import probe_of, require_device
 from .interval import Interval, IntervalExtractor, Observed, ObservingExtractor, Source
 from .pair_sets import PairSelection, PairSet, load_pairs, side_probe
 from .probe_batches import ProbeData
 from .progress import Progress
+from .scalar_changes import Change, ScalarChangesExtractor
 from .states import State
 
 Ends = tuple[int, int]
@@ -58,7 +58,9 @@ class Intervals:
         recorded = [
             target
             for source, target in self._ends
-            if target == source + 1 and self._reader.is_recorded(source, target)
+            if target == source + 1
+            and self._reader.is_recorded(source, target)
+            and any(of.extractor.needs_moments and (source, target) in of.missing for of in self._work)
         ]
         last_use = dict(self._ends)  # of several targets the last, since they are in order
         steps = {step for ends in self._ends for step in ends}
@@ -94,13 +96,7 @@ class Intervals:
         for group in self._groups:
             tasks = []
             for of in group.work:
-                key, scalar = of.key, of.extractor.scalar
-                for source in closing:
-                    if (source.step, state.step) in of.missing:
-                        task = here.targets[source.step, key] = Task(scalar, source.tasks[key].frozen)
-                        tasks.append(task)
-                if any(source == state.step for source, _ in of.missing):
-                    tasks.append(here.tasks.setdefault(key, Task(scalar, cells=group.finest)))
+                tasks += self._tasks(group, of, here, closing)
             watched = [of for of in group.watchers if any(state.step in ends for ends in of.missing)]
             if tasks or watched:
                 self._measure(group, weights, tasks, [of.keep_in(here.observed) for of in watched])
@@ -108,6 +104,24 @@ class Intervals:
             if any(source == state.step for source, _ in work.missing):
                 work.extractor.open(self._context, here, self._device)
         return here
+
+    @staticmethod
+    def _tasks(group: _Group, of: _Scalar, here: Source, closing: Sequence[Source]) -> list[Task]:
+        """What to evaluate of one scalar: with what was frozen at each open interval's source, and frozen here."""
+        key, scalar, tasks = of.key, of.extractor.scalar, []
+        cells = group.finest if of.extractor.differentiates else 0
+        if any(source == here.step for source, _ in of.missing):
+            tasks.append(here.tasks.setdefault(key, Task(scalar, cells=cells)))
+        for source in closing:
+            if (source.step, here.step) in of.missing:
+                frozen = source.tasks[key].frozen
+                if tasks and not cells and frozen is not None and frozen.empty:
+                    # With nothing to freeze, what the next interval begins with is what this one ends with.
+                    here.targets[source.step, key] = tasks[0]
+                else:
+                    task = here.targets[source.step, key] = Task(scalar, frozen)
+                    tasks.append(task)
+        return tasks
 
     def _measure(
         self,
@@ -129,7 +143,7 @@ class Intervals:
             paths = self._along_the_path(interval, group, due)
             for of in due:
                 source = interval.source.tasks[of.key]
-                gradients = {"source": group.cell_means(source)}
+                gradients = {"source": group.cell_means(source)} if of.extractor.differentiates else {}
                 if of.key in paths:
                     gradients["path"] = paths[of.key]
                 interval.changes[of.key] = Change(
@@ -217,9 +231,9 @@ class _OneAhead:
 
 @dataclass(frozen=True)
 class _Scalar:
-    """An extractor of attributions and what it lacks."""
+    """An extractor of a scalar's changes, with or without attributions, and what it lacks."""
 
-    extractor: AttributionsExtractor
+    extractor: ScalarChangesExtractor
     key: str
     missing: set[Ends]
 
@@ -266,7 +280,7 @@ def _groups(context: Context, work: Sequence[IntervalWork], device: str) -> list
     scalars: dict[PairSelection, list[_Scalar]] = {}
     watchers: dict[PairSelection, list[_Watcher]] = {}
     for of in work:
-        if isinstance(of.extractor, AttributionsExtractor):
+        if isinstance(of.extractor, ScalarChangesExtractor):
             one = _Scalar(of.extractor, of.extractor.key, of.missing)
             scalars.setdefault(of.extractor.selection, []).append(one)
         elif isinstance(of.extractor, ObservingExtractor):

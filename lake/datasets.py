@@ -56,15 +56,16 @@ READOUTS = "readouts"
 HEAD_WRITES = "head_writes"  # query_role
 COMPONENT_LOGITS = "component_logits"
 QK_COORDINATES = "qk_coordinates"  # head (L2H1), stage, layernorm_mode
-INTERVENTIONS = "interventions"  # operation: zero
+INTERVENTIONS = "interventions"  # see `interventions.intervention_parameters`
 DEFAULT_PROBE = "probe"
 
 # Made between two steps, source < target: gradient of a scalar times the update and its terms, and the update's norms.
 ATTRIBUTIONS = "attributions"  # see `attribution_parameters`
 UPDATE_NORMS = "update_norms"
+SCALAR_CHANGES = "scalar_changes"  # see `scalar_change_parameters`
 SCORE_CHANGES = "score_changes"  # see `score_change_parameters`
 GRADIENT_PRODUCTS = "gradient_products"  # see `gradient_product_parameters`
-OF_INTERVALS = (ATTRIBUTIONS, UPDATE_NORMS, SCORE_CHANGES, GRADIENT_PRODUCTS)
+OF_INTERVALS = (ATTRIBUTIONS, UPDATE_NORMS, SCALAR_CHANGES, SCORE_CHANGES, GRADIENT_PRODUCTS)
 # Of a step: a scalar on pairs, and the whole gradient of its mean.
 SCALAR_GRADIENTS = "scalar_gradients"  # see `scalar_gradient_parameters`
 
@@ -89,9 +90,13 @@ VECTOR_LABELS = {
 def _pairs(
     probe: str, pair_type: Sequence[str], split: Sequence[str], max_pairs_per_type: int
 ) -> dict[str, Any]:
-    """A selection of pairs; the order in which types and splits are named does not matter."""
+    """A selection of pairs of a probe."""
+    return {"probe": probe, **select(pair_type, split, max_pairs_per_type)}
+
+
+def select(pair_type: Sequence[str], split: Sequence[str], max_pairs_per_type: int) -> dict[str, Any]:
+    """Which pairs of a probe; the order in which types and splits are named does not matter."""
     return {
-        "probe": probe,
         "pair_type": sorted(set(pair_type)),
         "split": sorted(set(split)),
         "max_pairs_per_type": max_pairs_per_type,
@@ -115,6 +120,24 @@ def attribution_parameters(
     return {
         **_pairs(probe, pair_type, split, max_pairs_per_type),
         "integrate": integrate,
+        "scalar": scalar,
+        "parameters": dict(parameters),
+    }
+
+
+def scalar_change_parameters(
+    scalar: str,
+    parameters: Mapping[str, Any],
+    *,
+    pair_type: Sequence[str],
+    probe: str = DEFAULT_PROBE,
+    split: Sequence[str] = (),
+    max_pairs_per_type: int = 64,
+) -> dict[str, Any]:
+    """Parameters of dataset scalar_changes: those of attributions, without gradients, so that they are another spec."""
+    return {
+        **_pairs(probe, pair_type, split, max_pairs_per_type),
+        "gradient": False,
         "scalar": scalar,
         "parameters": dict(parameters),
     }

@@ -32,6 +32,11 @@ class Frozen:
     basis: Basis
     per_batch: list[Mapping[str, Tensor]] = field(default_factory=list)
 
+    @property
+    def empty(self) -> bool:
+        """Whether the scalar is the same whatever it was frozen at."""
+        return not self.basis.tensors and not any(self.per_batch)
+
 
 @dataclass
 class Task:

@@ -137,6 +137,7 @@ def fit_closure(
             + (", the intercept among them" if fit_intercept else "")
             + "; take fewer features, more pairs or more steps"
         )
+    solved: NDArray[np.float64]
     solved, _, rank, _ = np.linalg.lstsq(design, response, rcond=None)
     return ClosureFit(
         labels=labels,
