@@ -1,6 +1,7 @@
 """What is put in the place of a target value code: the code itself, what maps from a source code predict, and controls.
 
-Everything is float64. Axes: `example` every query event, `eval` those that judge the maps, `rank`. Source: definitions 4 §B, §C.
+Everything is float64. Axes: `example` every query event, `eval` those that judge the maps, `rank`. Source: definitions 4
+§B, §C.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class IdentityBasis:
 
 
 def identity_basis(side: Side, rank: int) -> IdentityBasis:
-    """The first `rank` right singular vectors of the token means minus their mean. Raises BasisRankTooHigh or TooFewExamples."""
+    """Right singular vectors of the token means minus their mean. Raises BasisRankTooHigh or TooFewExamples."""
     tokens, group = torch.unique(side.tokens, return_inverse=True)
     count, width = len(tokens), side.vectors.shape[1]
     if count < 2:
@@ -103,7 +103,8 @@ def identity_basis(side: Side, rank: int) -> IdentityBasis:
 
 def _singular_values(vectors: Tensor) -> Tensor:
     """Of the centred vectors; the triangle of a QR has the same, and fewer rows."""
-    return torch.linalg.svdvals(torch.linalg.qr(vectors - vectors.mean(0), mode="r").R)
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(vectors - vectors.mean(0), mode="r").R)
+    return values
 
 
 def _spectrum(values: Tensor, rank: int, vectors: Tensor) -> Spectrum:
@@ -116,7 +117,8 @@ def random_basis(width: int, rank: int, seed: int) -> Tensor:
     if rank > width:
         raise BasisRankTooHigh(f"basis rank {rank} exceeds the {width} dimensions of the residual stream")
     drawn = torch.randn(width, rank, generator=torch.Generator().manual_seed(seed))
-    return torch.linalg.qr(drawn.double()).Q
+    basis: Tensor = torch.linalg.qr(drawn.double()).Q
+    return basis
 
 
 @dataclass(frozen=True)

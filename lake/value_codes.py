@@ -1,4 +1,4 @@
-"""Transfers of value codes as plain data: which query events they are fitted and judged on, and what is put in a code's place.
+"""Transfers of value codes as plain data: which query events they are fitted and judged on, and what replaces a code.
 
 Source: definitions 4 §B, §C.
 """
@@ -22,6 +22,16 @@ ORACLE = "oracle_actual_projected"
 CONTEXT_ONLY, WITH_CONTEXT = "context_only", "source_plus_context"
 # Random directions of the source through the map that was fitted to its identity basis.
 NOT_REFIT = f"{WITH_CONTEXT}_{RANDOM}_not_refit"
+
+# Bases, in report order.
+BASES = (
+    "source_value_identity",
+    "target_value_identity",
+    "source_key_identity_control",
+    "random_source_control",
+    "prediction_context_identity",
+)
+SOURCE_BASIS, TARGET_BASIS, KEY_BASIS, RANDOM_BASIS, CONTEXT_BASIS = BASES
 
 DISTRACTORS, SUPPORT_KEY = "value_distractors", "support_key"
 CAUSAL_PREFIX, POSITION_TOKEN, ANSWER_VALUE = "causal_prefix", "position_token", "answer_value"
@@ -70,7 +80,7 @@ def value_code_rescue_parameters(
     split: Sequence[str] = (),
     max_records: int | None = None,
 ) -> dict[str, Any]:
-    """Parameters of dataset value_code_rescues: one rank each. The order of splits and controls does not matter, nor the seed
+    """Parameters of dataset value_code_rescues, of one rank. The order of splits and controls does not matter, nor the seed
     without control random_subspace. `context` is (stage, role, rank)."""
     return {
         "probe": probe,
