@@ -8,7 +8,8 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ class Lake:
         self._layouts: dict[str, codec.Layout] = {}
         self._axes: tuple[int, AxisIndex] | None = None
         self._session: Session | None = None
+        self._pins = 0
 
     @classmethod
     def open(cls, uri: str | os.PathLike[str], **options: Any) -> Lake:
@@ -119,12 +121,23 @@ class Lake:
     # -- what exists -------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Takes in what was committed since, by this process or another."""
-        self.receipts.refresh()
+        """Takes in what was committed since, by this process or another; nothing inside `pinned`."""
+        if not self._pins:
+            self.receipts.refresh()
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Keeps to what is committed now: all queries inside see one state of the lake, whoever writes meanwhile."""
+        self.refresh()
+        self._pins += 1
+        try:
+            yield
+        finally:
+            self._pins -= 1
 
     def runs(self) -> list[str]:
         """Names of the runs."""
-        self.receipts.refresh()
+        self.refresh()
         return sorted({receipt.run for receipt in self.receipts.all()})
 
     def require_run(self, run: str) -> None:

@@ -120,9 +120,9 @@ class ReceiptIndex:
             return False
         return self._storage.create(receipt.key, receipt.to_parquet())
 
-    def compactions(self, run: str) -> list[Compaction]:
-        """The compactions of a run that count, as far as they were read; the latest first."""
-        return counted(self._compactions.get(run, {}).values())
+    def compaction_numbers(self, run: str) -> list[int]:
+        """Numbers of the compactions of a run that were seen, superseded ones too."""
+        return sorted(self._compactions.get(run, {}))
 
     def all(self, run: str | None = None, dataset: str | None = None) -> list[Receipt]:
         """Receipts known so far, by run and unit name."""

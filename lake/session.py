@@ -130,8 +130,19 @@ class Session:
         for entry in files:
             # A receipt is its own witness: its pages carry checksums, and no other receipt names it.
             if entry.bytes >= 0 and entry.path not in self._checked:
-                check_file(self._lake, entry)
+                try:
+                    read_checked(self._lake, entry)
+                except FileNotFoundError as error:
+                    raise CorruptFile(self._missing(entry.path)) from error
                 self._checked.add(entry.path)
+
+    def _missing(self, path: str) -> str:
+        """What a file that cannot be found says to a person."""
+        self._lake.receipts.refresh()
+        named = {entry.path for receipt in self._lake.receipts.all() for entry in receipt.files}
+        if path in named:
+            return f"{path} is missing: run `lakebed verify` to list every damaged file"
+        return f"{path} was compacted, and `lakebed gc` removed it while it was read: ask again"
 
     def _explain(self, message: str) -> str:
         line = re.sub(r"[ ^]+$", "", " ".join(message.split()))
@@ -152,14 +163,9 @@ def _close_all() -> None:
         session.close()
 
 
-def check_file(lake: Lake, entry: FileEntry) -> None:
-    """Raises CorruptFile unless the file has the length and checksum of its receipt."""
-    try:
-        data = lake.storage.read(entry.path)
-    except FileNotFoundError as error:
-        raise CorruptFile(
-            f"{entry.path} is missing: run `lakebed verify` to list every damaged file"
-        ) from error
+def read_checked(lake: Lake, entry: FileEntry) -> bytes:
+    """The bytes of a file; raises CorruptFile unless they have the length and checksum of its receipt."""
+    data = lake.storage.read(entry.path)
     if len(data) != entry.bytes:
         raise CorruptFile(
             f"{entry.path} is damaged ({len(data):,} bytes, its receipt says {entry.bytes:,}): run `lakebed verify`"
@@ -168,6 +174,7 @@ def check_file(lake: Lake, entry: FileEntry) -> None:
         raise CorruptFile(
             f"{entry.path} is damaged (its checksum is not the receipt's): run `lakebed verify`"
         )
+    return data
 
 
 def select_from(name: str, paths: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """The tables of one report over one lake; use as a context manager, or close it.
+    """The tables of one report over one lake, as it is when they are made; use as a context manager, or close it.
 
     Raises UnknownName and MissingData, naming what exists or the command that makes it, before anything is computed.
     """
@@ -32,6 +33,18 @@ class Results:
     def __init__(self, lake: Lake, report: Report) -> None:
         self.lake = lake
         self.report = report
+        self._made: list[str] = []
+        self._columns: dict[str, dict[str, str]] = {}
+        self._open = ExitStack()
+        self._open.enter_context(lake.pinned())
+        try:
+            self._compute()
+        except BaseException:
+            self.close()
+            raise
+
+    def _compute(self) -> None:
+        lake, report = self.lake, self.report
         self.run = resolve_run(lake, report)
         report.require(lake, self.run)
         self.steps = resolve_steps(lake, report, self.run)
@@ -42,17 +55,11 @@ class Results:
             "steps": self.steps,
             "lake": lake.uri,
         }
-        self._made: list[str] = []
-        self._columns: dict[str, dict[str, str]] = {}
         taken = {*TABLES, *VIEWS, *(quantity.view for quantity in QUANTITIES.values())}
-        try:
-            for section in self.sections:
-                if section.name in taken:
-                    raise SectionError(f"section {section.name!r} hides a table of the lake")
-                self._make(section)
-        except BaseException:
-            self.close()
-            raise
+        for section in self.sections:
+            if section.name in taken:
+                raise SectionError(f"section {section.name!r} hides a table of the lake")
+            self._make(section)
 
     def _make(self, section: Section) -> None:
         if section.kind == "arrays":
@@ -154,6 +161,7 @@ class Results:
         for name in reversed(self._made):
             self._execute(f"DROP TABLE IF EXISTS {name}", set(), {})
         self._made.clear()
+        self._open.close()
 
     def __enter__(self) -> Results:
         return self
