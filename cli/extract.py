@@ -19,6 +19,7 @@ from ..lake.datasets import (
     READOUTS,
     Need,
 )
+from .intervention_options import intervention_needs
 from .options import lake_option, run_option, steps_option, threads_option
 from .scalar_options import OF_SCALARS, TAKERS, scalar_needs, scalar_options
 
@@ -45,6 +46,7 @@ _DATASET_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str | None, ...]]] =
     "head": ((QK_COORDINATES,), (None,)),
     "stage": ((QK_COORDINATES,), (None,)),
     "layernorm_mode": ((QK_COORDINATES,), ("head_ln1",)),
+    "spec": ((INTERVENTIONS,), ()),
 }
 
 
@@ -79,6 +81,9 @@ def _dataset_option(name: str, metavar: str, about: str) -> Callable[[Any], Any]
 @_dataset_option("stage", "STAGE", "qk_coordinates: the residual stage [default: the one the head reads].")
 @_dataset_option(
     "layernorm-mode", "head_ln1|none", "qk_coordinates: through the head's LayerNorm [default] or not."
+)
+@_dataset_option(
+    "spec", "FILE.toml", "interventions: what is changed [default: each head and MLP zeroed in turn]."
 )
 @scalar_options
 @click.option(
@@ -139,6 +144,9 @@ def dataset_needs(datasets: Sequence[str], options: Mapping[str, tuple[str, ...]
     for dataset in dict.fromkeys(datasets):
         if dataset in OF_SCALARS:
             needs += scalar_needs(dataset, options)
+            continue
+        if dataset == INTERVENTIONS:
+            needs += intervention_needs(options)
             continue
         combinations: list[dict[str, str]] = [{}]
         for name, (takers, defaults) in _DATASET_OPTIONS.items():

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .. import LakebedError
-from .ablation import ablate
 from .attention import Queries, attend
 from .forward import Model
 from .qk_coordinates import QKCoordinates, QKForm, qk_coordinates
@@ -94,7 +93,6 @@ class Request:
     activations: frozenset[str] = frozenset()
     """Layouts whose residual stream is kept."""
     qk_coordinates: frozenset[QKForm] = frozenset()
-    ablations: bool = False
 
     def __or__(self, other: Request) -> Request:
         """Both."""
@@ -105,7 +103,6 @@ class Request:
             self.components or other.components,
             self.activations | other.activations,
             self.qk_coordinates | other.qk_coordinates,
-            self.ablations or other.ablations,
         )
 
     @property
@@ -158,10 +155,6 @@ class Captured:
     """(layout, stage) to `Float[place, d_model]` of each batch: together they are large, so that a stage is joined when
     it is written (`stage`)."""
     qk_coordinates: dict[QKForm, QKCoordinates] = field(default_factory=dict)
-    baseline: Tensor | None = None
-    """`Float[event, scalar]`: see `ablation.SCALARS`."""
-    ablated: Tensor | None = None
-    """`Float[event, component, scalar]`: the same without a component."""
 
     def stage(self, layout: str, stage: str, order: Tensor | None, out: Tensor) -> None:
         """Puts a stage into `Float[place, d_model]`, in the order `Int[place]`; None for that of the batches."""
@@ -199,8 +192,6 @@ class Captured:
             None if self.components is None else event(self.components),
             self.activations,
             {form: of.apply(partial(place, form.layout)) for form, of in self.qk_coordinates.items()},
-            None if self.baseline is None else event(self.baseline),
-            None if self.ablated is None else event(self.ablated),
         )
 
 
@@ -215,7 +206,7 @@ class Capture:
 
     @torch.no_grad()
     def run(self, batch: Batch) -> Captured:
-        """One forward pass over a batch; ablations take one more per component. Raises CaptureError."""
+        """One forward pass over a batch. Raises CaptureError."""
         request, model = self.request, self.model
         captured = Captured()
         capture = {"stages"} | ({"attention"} if request.roles else set())
@@ -253,9 +244,6 @@ class Capture:
         for form, prepared in self.forms.items():
             x = kept.of(form.layout, passed.stages[form.stage])
             captured.qk_coordinates[form] = qk_coordinates(model, prepared, x).cpu()
-        if request.ablations:
-            captured.baseline = own.scalars().cpu()
-            captured.ablated = ablate(model, batch.tokens, batch.row, batch.position, batch.choices).cpu()
         return captured
 
 
@@ -293,8 +281,6 @@ def concatenate(parts: Sequence[Captured]) -> Captured:
             form: QKCoordinates.join([part.qk_coordinates[form] for part in parts])
             for form in first.qk_coordinates
         },
-        _joined([part.baseline for part in parts]),
-        _joined([part.ablated for part in parts]),
     )
 
 

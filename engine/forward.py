@@ -71,6 +71,17 @@ class ForwardPass:
         return functional.linear(self.final, self.unembedding)
 
 
+@dataclass(frozen=True)
+class Attended:
+    """One layer's heads, `Float[batch, position, head, d_head]` each, biases in."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mixed: Tensor
+    """The values that attention mixed; `Model.attention_write` makes of it what the layer adds to the stream."""
+
+
 class Model(Protocol):
     """A model with the weights of one step, in eval mode. Everything is float32 and deterministic."""
 
@@ -78,6 +89,8 @@ class Model(Protocol):
     n_heads: int
     d_model: int
     d_head: int
+    n_neurons: int
+    """Of each MLP."""
     max_positions: int
     vocabulary_size: int
     layer_norm_eps: float
@@ -107,6 +120,26 @@ class Model(Protocol):
         that is too long, a token or a place out of range, padding elsewhere than on the right, and an intervention of an
         unknown stage or a wrong shape.
         """
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Stage embedding, `Float[batch, position, d_model]`, of `Int[batch, position]`."""
+        ...
+
+    def attend(self, layer: int, x: Tensor) -> Attended:
+        """The heads of a layer on the whole stage they read, `Float[batch, position, d_model]`."""
+        ...
+
+    def attention_write(self, layer: int, mixed: Tensor) -> Tensor:
+        """What a layer's attention adds to the stream: W_O and its bias on `Float[…, head, d_head]`; `Float[…, d_model]`."""
+        ...
+
+    def neurons(self, layer: int, x: Tensor) -> Tensor:
+        """The MLP's activations after the nonlinearity, `Float[…, neuron]`, of the stage it reads, `Float[…, d_model]`."""
+        ...
+
+    def mlp_write(self, layer: int, neurons: Tensor) -> Tensor:
+        """What the MLP adds to the stream, bias in, `Float[…, d_model]`, of `Float[…, neuron]`."""
         ...
 
     def attention_norm(self, layer: int, x: Tensor) -> Tensor:

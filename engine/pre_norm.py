@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .forward import NO_INTERVENTIONS, ForwardPass, Interventions, InvalidForward, residual_stages
+from .forward import (
+    NO_INTERVENTIONS,
+    Attended,
+    ForwardPass,
+    Interventions,
+    InvalidForward,
+    residual_stages,
+)
 
 CAPTURES = ("stages", "attention")
 
@@ -84,6 +91,7 @@ class PreNormModel:
         self.layer_norm_eps = layer_norm_eps
         self.n_layers, _, width, self.d_model = weights.qkv.shape
         self.n_heads, self.d_head = n_heads, width // n_heads
+        self.n_neurons = weights.mlp_in.shape[1]
         self.max_positions, self.vocabulary_size = (
             len(weights.position_embedding),
             len(weights.token_embedding),
@@ -148,8 +156,7 @@ class PreNormModel:
     ) -> Tensor:
         """The residual stream after one more stage: embedding, an attention or an MLP, or the final LayerNorm."""
         if position == 0:
-            positions = self._weights.position_embedding[: tokens.shape[1]]
-            return functional.embedding(tokens, self._weights.token_embedding) + positions
+            return self.embed(tokens)
         if position == len(self.stages) - 1:
             return self.final_norm(x)
         layer, is_mlp = divmod(position - 1, 2)
@@ -166,6 +173,17 @@ class PreNormModel:
         attention: _Attention | None,
         places: Tensor | None,
     ) -> Tensor:
+        qkv, heads = self._heads(layer, x)
+        if interventions.head_mask is not None:
+            heads = heads * interventions.head_mask[layer].to(x)[:, None, None]
+        if attention is not None:
+            attention[0].append(qkv)
+            attention[1].append(heads)
+        return self.attention_write(layer, _at(heads.transpose(1, 2), places))
+
+    def _heads(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values, `Float[batch, position, 3, head, d_head]`, and what attention mixes of them, `Float[batch,
+        head, position, d_head]`."""
         weights = self._weights
         batch, length, _ = x.shape
         qkv = functional.linear(
@@ -173,23 +191,40 @@ class PreNormModel:
         ).view(batch, length, 3, self.n_heads, self.d_head)
         # Padding stands on the right, where no causal query sees it: the kernel needs no other mask.
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        heads = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        if interventions.head_mask is not None:
-            heads = heads * interventions.head_mask[layer].to(x)[:, None, None]
-        if attention is not None:
-            attention[0].append(qkv)
-            attention[1].append(heads)
-        written = _at(heads.transpose(1, 2).flatten(2), places)
-        return functional.linear(written, weights.out[layer], weights.out_bias[layer])
+        return qkv, functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    def _mlp(self, layer: int, x: Tensor, interventions: Interventions) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See `engine.forward.Model`, as for the methods that follow."""
+        tokens = tokens.to(self.unembedding.device)
+        positions = self._weights.position_embedding[: tokens.shape[1]]
+        return functional.embedding(tokens, self._weights.token_embedding) + positions
+
+    def attend(self, layer: int, x: Tensor) -> Attended:
+        """Queries, keys, values, and what attention mixes of them."""
+        qkv, mixed = self._heads(layer, x)
+        query, key, value = qkv.unbind(2)
+        return Attended(query, key, value, mixed.transpose(1, 2))
+
+    def attention_write(self, layer: int, mixed: Tensor) -> Tensor:
+        """W_O and its bias."""
+        return functional.linear(mixed.flatten(-2), self._weights.out[layer], self._weights.out_bias[layer])
+
+    def neurons(self, layer: int, x: Tensor) -> Tensor:
+        """The LayerNorm, W_in, the nonlinearity."""
         weights = self._weights
         read = self._norm(x, weights.norm_2[layer])
-        neurons = functional.linear(read, weights.mlp_in[layer], weights.mlp_in_bias[layer])
-        neurons = functional.gelu(neurons, approximate=self._gelu)
+        into = functional.linear(read, weights.mlp_in[layer], weights.mlp_in_bias[layer])
+        return functional.gelu(into, approximate=self._gelu)
+
+    def mlp_write(self, layer: int, neurons: Tensor) -> Tensor:
+        """W_out and its bias."""
+        return functional.linear(neurons, self._weights.mlp_out[layer], self._weights.mlp_out_bias[layer])
+
+    def _mlp(self, layer: int, x: Tensor, interventions: Interventions) -> Tensor:
+        neurons = self.neurons(layer, x)
         if interventions.neuron_mask is not None:
             neurons = neurons * interventions.neuron_mask[layer].to(x)
-        write = functional.linear(neurons, weights.mlp_out[layer], weights.mlp_out_bias[layer])
+        write = self.mlp_write(layer, neurons)
         return write if interventions.mlp_mask is None else write * interventions.mlp_mask[layer].to(x)
 
     def attention_norm(self, layer: int, x: Tensor) -> Tensor:

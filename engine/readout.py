@@ -70,11 +70,6 @@ class Readout(ParallelColumns):
         """Answer less its best competitor."""
         return self.answer_logit - self.best_wrong_logit
 
-    def scalars(self) -> Tensor:
-        """`Float[…, scalar]`: value_margin, answer_logit, answer_log_prob, correct."""
-        columns = (self.value_margin, self.answer_logit, self.answer_log_prob, self.correct.float())
-        return torch.stack(columns, -1)
-
     def append(self, other: Readout) -> Readout:
         """`[event, stage]` with `other`, `[event]`, as one stage more."""
         columns = [column.name for column in fields(self)]
@@ -110,16 +105,16 @@ def read_logits(logits: Tensor, choices: Choices, event: slice) -> Readout:
 
 def final_readout(model: Model, final: Tensor, choices: Choices) -> Readout:
     """Of the final stage, `Float[event, d_model]`, which the unembedding reads as it is: `[event]`."""
-    return _read(model, final[None], choices).apply(lambda column: column[:, 0])
+    return read_final(model, final[None], choices).apply(lambda column: column[:, 0])
 
 
 def stage_readouts(model: Model, stages: Tensor, choices: Choices) -> Readout:
     """Every stage, `Float[stage, event, d_model]`, as if it were the last before the final LayerNorm: `[event, stage]`."""
-    return _read(model, model.final_norm(stages), choices)
+    return read_final(model, model.final_norm(stages), choices)
 
 
-def _read(model: Model, rows: Tensor, choices: Choices) -> Readout:
-    """`Float[stage, event, d_model]`, read by the unembedding: `[event, stage]`."""
+def read_final(model: Model, rows: Tensor, choices: Choices) -> Readout:
+    """Of several final stages, `Float[stage, event, d_model]`, read by the unembedding: `[event, stage]`."""
     stages, events, _ = rows.shape
     size = max(1, _BLOCK // (model.vocabulary_size * stages))
     parts = [slice(start, start + size) for start in range(0, events, size)]

@@ -50,7 +50,6 @@ OF_FORWARD_PASSES = (
     HEAD_WRITES,
     COMPONENT_LOGITS,
     QK_COORDINATES,
-    INTERVENTIONS,
 )
 _OF_SCALARS = (
     ATTRIBUTIONS,
@@ -61,14 +60,14 @@ _OF_SCALARS = (
     SCALAR_GRADIENTS,
     WRITE_CONDITIONS,
 )
-_BUILT_IN = (SVD, WEIGHTS, MOMENTS, *OF_FORWARD_PASSES, VALUE_CODE_RESCUES, *_OF_SCALARS)
+_BUILT_IN = (SVD, WEIGHTS, MOMENTS, INTERVENTIONS, *OF_FORWARD_PASSES, VALUE_CODE_RESCUES, *_OF_SCALARS)
 
 
 class Context:
     """The run an extractor works on, and how it writes tensors."""
 
-    def __init__(self, lake: Lake, run: str) -> None:
-        self.lake, self.run = lake, run
+    def __init__(self, lake: Lake, run: str, device: str = "cpu") -> None:
+        self.lake, self.run, self.device = lake, run, device
         self.reader = StateReader(lake, run)
         self.probes: dict[str, Any] = {}
         self._blocks: dict[tuple[int, str], RowBlock] = {}

@@ -118,7 +118,7 @@ class PairSet:
             for start in range(0, len(held), size):
                 part = held[start : start + size]
                 sides = {
-                    side: _records(data, self.events[side][part], device) for side, data in probes.items()
+                    side: event_records(data, self.events[side][part], device) for side, data in probes.items()
                 }
                 made.append(PairBatch(Pairs(sides, self.transfer[part].to(device), classes), cell))
         return made
@@ -181,7 +181,7 @@ def _cells(finest: list[tuple[str, str]]) -> list[Cell]:
     return cells
 
 
-def _records(data: ProbeData, events: Integers, device: str) -> Records:
+def event_records(data: ProbeData, events: Integers, device: str) -> Records:
     """The records of some events, in their order."""
     examples = data.example[events]
     distinct, row = np.unique(examples, return_inverse=True)

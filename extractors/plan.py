@@ -15,7 +15,7 @@ from ..lake.errors import MissingData
 from ..lake.names import spec_id
 from ..lake.steps import select_steps, summarize_steps
 from .dataset import Context, Extractor, build_extractor
-from .forward import ForwardExtractor, ForwardPasses
+from .forward import ForwardExtractor, ForwardPasses, require_device
 from .interval import IntervalExtractor
 from .progress import Progress, Silent
 from .states import State
@@ -58,7 +58,7 @@ def extract(
     DeviceUnavailable, InputMismatch when a unit stands that was made from another state or probe.
     """
     progress = progress or Silent()
-    context = Context(lake, run)
+    context = Context(lake, run, require_device(device))
     reader = context.reader
     wanted = reader.anchors() if steps is None else select_steps(steps, reader.steps)
     reader.require(wanted)

@@ -6,7 +6,14 @@ it when nothing was written yet. `run` is a column of every table and comes from
 
 from __future__ import annotations
 
-from . import schema_attributions, schema_probes, schema_training, schema_value_codes, schema_writes
+from . import (
+    schema_attributions,
+    schema_interventions,
+    schema_probes,
+    schema_training,
+    schema_value_codes,
+    schema_writes,
+)
 from .columns import Column, Quantity, Table
 
 FORMAT_VERSION = 1
@@ -17,6 +24,7 @@ TABLES: dict[str, Table] = {
         *schema_training.TABLES,
         *schema_probes.TABLES,
         *schema_attributions.TABLES,
+        *schema_interventions.TABLES,
         *schema_value_codes.TABLES,
         *schema_writes.TABLES,
     )
@@ -53,6 +61,7 @@ QUANTITIES: dict[str, Quantity] = {
 # Derived tables: SQL over the tables above, in every session and in views.sql.
 VIEWS: dict[str, tuple[str, str]] = {
     **schema_attributions.VIEWS,
+    **schema_interventions.VIEWS,
     "specs": (
         "one row per distinct set of dataset parameters: spec, dataset, parameters (canonical JSON)",
         "SELECT DISTINCT run, spec, dataset, parameters FROM extractions WHERE spec <> ''",

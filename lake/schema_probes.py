@@ -208,19 +208,4 @@ TABLES = (
         key_bias | FLOAT | b_Q·(W_K y); the full score is (Σ σ·query·key + query_bias + key_bias) / √d_head
         """,
     ),
-    table(
-        "interventions",
-        "probe spec step event component scalar",
-        "one row per intervention, event and scalar: what the model does without a component",
-        """
-        probe | VARCHAR | probe
-        spec | VARCHAR | 12-hex identity of the intervention
-        step | BIGINT | step
-        event | INTEGER | event
-        component | VARCHAR | L0H1 or L0MLP
-        scalar | VARCHAR | value_margin, answer_logit, answer_log_prob or correct
-        baseline | DOUBLE | value of the untouched run
-        intervened | DOUBLE | value with the component's output zeroed at every position
-        """,
-    ),
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ..lake.datasets import COMPONENT_LOGITS, INTERVENTIONS, READOUTS, Need
+from ..lake.interventions import ZERO_EACH, intervention_parameters
 from ..lake.names import spec_id
 from ..lake.steps import step_option, summarize_steps
 from .chart import Scatter, Trajectory
@@ -163,8 +164,8 @@ class PathLogitDecomposition(ProbeReport):
         ),
         (
             "What each component is worth when zeroed, event by event:",
-            "SELECT component, avg(baseline - intervened) AS drop, stddev_pop(baseline - intervened) AS spread FROM "
-            "interventions WHERE run = $run AND scalar = 'value_margin' GROUP BY component ORDER BY drop DESC",
+            "SELECT intervention, avg(baseline - intervened) AS drop, stddev_pop(baseline - intervened) AS spread FROM "
+            "interventions WHERE run = $run AND scalar = 'value_margin' GROUP BY intervention ORDER BY drop DESC",
         ),
     )
     example: ClassVar[str] = (
@@ -174,7 +175,7 @@ class PathLogitDecomposition(ProbeReport):
 
     def _ablations(self) -> Need:
         steps = step_option(self.ablation_step) if self.ablation_step else "last"
-        return Need(INTERVENTIONS, {"probe": self.probe, "operation": "zero"}, steps)
+        return Need(INTERVENTIONS, intervention_parameters(ZERO_EACH, probe=self.probe), steps)
 
     def needs(self) -> tuple[Need, ...]:
         """Readouts and attributions; ablations at the ablation steps alone."""

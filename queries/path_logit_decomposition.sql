@@ -106,7 +106,7 @@ WITH measured AS (
     SELECT
         i.step,
         CASE grouping(e.split) WHEN 1 THEN '__all__' ELSE e.split END AS split,
-        i.component AS component_id,
+        i.intervention AS component_id,
         avg(i.baseline) FILTER (i.scalar = 'value_margin') AS baseline_margin_mean,
         avg(i.intervened) FILTER (i.scalar = 'value_margin') AS ablated_margin_mean,
         avg(i.baseline) FILTER (i.scalar = 'correct') AS baseline_accuracy,
@@ -114,9 +114,9 @@ WITH measured AS (
         count(*) FILTER (i.scalar = 'value_margin') AS num_query_events
     FROM interventions AS i
     JOIN chosen_events AS e USING (event)
-    JOIN chosen_components AS c ON c.step = i.step AND c.component_id = i.component
+    JOIN chosen_components AS c ON c.step = i.step AND c.component_id = i.intervention
     WHERE i.run = $run AND i.probe = $probe AND i.spec = $intervention_spec AND i.scalar IN ('value_margin', 'correct')
-    GROUP BY GROUPING SETS ((i.step, i.component, e.split), (i.step, i.component))
+    GROUP BY GROUPING SETS ((i.step, i.intervention, e.split), (i.step, i.intervention))
 )
 SELECT
     m.step, m.split, c.component_type, m.component_id, c.layer, c.head,

@@ -28,6 +28,7 @@ from lakebed.lake.datasets import (
     WEIGHTS,
     Need,
 )
+from lakebed.lake.interventions import ZERO_EACH, intervention_parameters
 
 RUN = "r"
 NUM_STEPS = 150
@@ -47,7 +48,7 @@ NEEDS = (
     Need(COMPONENT_LOGITS, _PROBE),
     Need(QK_COORDINATES, {**_PROBE, "head": HEAD, "stage": STAGE, "layernorm_mode": "head_ln1"}),
     Need(QK_COORDINATES, {**_PROBE, "head": HEAD, "stage": STAGE, "layernorm_mode": "none"}),
-    Need(INTERVENTIONS, {**_PROBE, "operation": "zero"}),
+    Need(INTERVENTIONS, intervention_parameters(ZERO_EACH)),
     Need(ACTIVATIONS, {**_CORRUPTED, "layout": "roles"}),
     Need(READOUTS, _CORRUPTED),
     Need(HEAD_WRITES, {**_CORRUPTED, "query_role": "prediction"}),

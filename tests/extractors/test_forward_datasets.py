@@ -10,6 +10,7 @@ import pytest
 import torch
 from lakebed.extractors.states import StateReader
 from lakebed.lake import Lake
+from lakebed.lake.interventions import ZERO_EACH, intervention_parameters
 
 from tests import trained_probe_lake as trained
 from tests.plain_decoder import PlainDecoder, norm
@@ -272,7 +273,7 @@ def test_interventions(checked):
     seen = 0
     for row in rows:
         about = checked.events.get(row["event"])
-        run = None if about is None else without.get((about["example"], row["component"]))
+        run = None if about is None else without.get((about["example"], row["intervention"]))
         if run is None:
             continue
         seen += 1
@@ -282,7 +283,7 @@ def test_interventions(checked):
             near(row[column], {**numbers, "correct": float(exact["correct"])}[row["scalar"]])
     assert seen == 4 * 4 * sum(about["example"] in examples for about in checked.events.values())
     spec = checked.lake.sql("select parameters from specs where dataset = 'interventions'").fetchall()
-    assert [json.loads(text) for (text,) in spec] == [{"operation": "zero", "probe": "probe"}]
+    assert [json.loads(text) for (text,) in spec] == [intervention_parameters(ZERO_EACH)]
 
 
 def test_writes_and_biases_rebuild_the_last_stage(checked):
@@ -301,7 +302,7 @@ def test_rows_are_stored_in_the_order_of_their_key(checked):
         "head_writes",
         "component_logits",
         "qk_coordinates",
-        "interventions",
+        "intervention_runs",
     ):
         for entry in checked.lake.table_files(name, trained.RUN):
             table = pq.read_table(checked.lake.storage.path(entry.path), partitioning=None)

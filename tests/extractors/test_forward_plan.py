@@ -27,6 +27,7 @@ from lakebed.extractors.trace_writer import write_state
 from lakebed.lake import Lake
 from lakebed.lake.datasets import Need, need_steps
 from lakebed.lake.errors import InputMismatch, MissingData, UnknownName
+from lakebed.lake.interventions import ZERO_EACH, intervention_parameters
 from lakebed.lake.verify import verify
 
 from tests import trained_probe_lake as trained
@@ -105,7 +106,7 @@ def test_whatever_is_asked_shares_one_pass_per_batch(probed, monkeypatch):
 
 
 def test_a_need_of_some_steps_is_made_at_those_only(probed):
-    ablations = {**PROBE, "operation": "zero"}
+    ablations = intervention_parameters(ZERO_EACH)
     needs = [Need("readouts", PROBE), Need("interventions", ablations, steps="last")]
     made = extract(probed, trained.RUN, needs, "0:150:50")
     assert made.made == {"readouts": [0, 50, 100, 150], "interventions": [150]}
@@ -182,7 +183,12 @@ def test_two_processes_at_once(probed):
         ),
         ("qk_coordinates", {"head": "L0H0", "layernorm_mode": "z"}, UnknownName, "there are head_ln1, none"),
         ("activations", {"layout": "z"}, UnknownName, "no layout 'z'; there are roles, all"),
-        ("interventions", {"operation": "z"}, UnknownName, "no operation 'z'; there is zero"),
+        (
+            "interventions",
+            {"interventions": "z"},
+            UnknownName,
+            "no interventions 'z': name zero_each, or a list",
+        ),
         (
             "attention",
             {"query_role": "z"},
