@@ -64,8 +64,8 @@ SELECT
   CASE sides.record_side WHEN 'clean' THEN probe ELSE probe || '.corrupted' END AS side_probe,
   CASE sides.record_side WHEN 'clean' THEN clean_event ELSE corrupted_event END AS side_event,
   chosen_pairs.*
-FROM chosen_pairs, (SELECT unnest($record_side) AS record_side) AS sides
-ORDER BY list_position($record_side, sides.record_side), clean_event, list_position($pair_type, pair_type)
+FROM chosen_pairs, (SELECT unnest($measured_sides) AS record_side) AS sides
+ORDER BY list_position($measured_sides, sides.record_side), clean_event, list_position($pair_type, pair_type)
 
 """
 
@@ -74,23 +74,20 @@ class TooFewPairs(ReportFailed):
     """Fewer causal patch pairs of some type than the report asks for."""
 
 
-class PairOptions(ProbeReport):
-    """Base of reports over causal patch pairs. Together with a head: `class Chain(PairOptions, HeadReport)`."""
+class PairReport(ProbeReport):
+    """Base of reports over causal patch pairs; `PairOptions` adds `--record-side`."""
 
     pair_type: tuple[PairType, ...] = Field(..., min_length=1, description="type of causal patch pair")
     max_pairs_per_type: int = Field(64, ge=1, description="most pairs of each type, the first in scan order")
     min_pairs_per_type: int = Field(1, ge=1, description="fewest pairs of each type; fewer is an error")
-    record_side: tuple[RecordSide, ...] = Field(
-        ("clean",), min_length=1, description="record of the pair that is measured"
-    )
 
-    @field_validator("pair_type", "record_side")
+    @field_validator("pair_type")
     @classmethod
-    def _once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+    def _each_type_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(values))
 
     @model_validator(mode="after")
-    def _minimum_is_possible(self) -> PairOptions:
+    def _minimum_is_possible(self) -> PairReport:
         if self.min_pairs_per_type > self.max_pairs_per_type:
             raise ValueError(
                 f"--min-pairs-per-type {self.min_pairs_per_type} exceeds --max-pairs-per-type {self.max_pairs_per_type}"
@@ -103,14 +100,18 @@ class PairOptions(ProbeReport):
         return _PRELUDE + super().sql_text()
 
     def measured_sides(self) -> tuple[RecordSide, ...]:
-        """Record sides whose records must be there."""
-        return self.record_side
+        """Record sides whose records must be there; they are the rows of `pair_sides`."""
+        raise NotImplementedError
 
     def side_probes(self) -> tuple[str, ...]:
-        """The probes whose forward passes the asked record sides need, for the report's `needs`."""
+        """The probes whose forward passes the measured sides need, for the report's `needs`."""
         return tuple(
-            self.probe if side == "clean" else f"{self.probe}.corrupted" for side in self.record_side
+            self.probe if side == "clean" else f"{self.probe}.corrupted" for side in self.measured_sides()
         )
+
+    def parameters(self) -> dict[str, Any]:
+        """Adds `measured_sides`."""
+        return {**super().parameters(), "measured_sides": list(self.measured_sides())}
 
     def require(self, lake: Lake, run: str) -> None:
         """There must be enough pairs of each type, and a corrupted record for each where that side is asked for."""
@@ -136,10 +137,27 @@ class PairOptions(ProbeReport):
         return {**super().facts(lake, results), "pair_construction": construction}
 
 
+class PairOptions(PairReport):
+    """Base of those with `--record-side`. Together with a head: `class Chain(PairOptions, HeadReport)`."""
+
+    record_side: tuple[RecordSide, ...] = Field(
+        ("clean",), min_length=1, description="record of the pair that is measured"
+    )
+
+    @field_validator("record_side")
+    @classmethod
+    def _each_side_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(values))
+
+    def measured_sides(self) -> tuple[RecordSide, ...]:
+        """`--record-side`."""
+        return self.record_side
+
+
 _COUNT = "SELECT pair_type, count(*) AS n, count(corrupted_event) AS corrupted FROM {source} GROUP BY ALL"
 
 
-def _require_pairs(lake: Lake, run: str, report: PairOptions) -> None:
+def _require_pairs(lake: Lake, run: str, report: PairReport) -> None:
     source, kept, metadata = lake.session.execute(
         "SELECT source, max_pairs_per_type, metadata FROM probes WHERE run = ? AND probe = ?",
         [run, report.probe],
@@ -177,7 +195,7 @@ def _ask(lake: Lake, query: str, parameters: dict[str, Any]) -> list[tuple[Any, 
     return rows
 
 
-def _too_few(report: PairOptions, short: Mapping[str, int], skips: list[tuple[Any, ...]]) -> str:
+def _too_few(report: PairReport, short: Mapping[str, int], skips: list[tuple[Any, ...]]) -> str:
     counted = ", ".join(f"{pair_type} {n}" for pair_type, n in short.items())
     reasons = ", ".join(
         f"{pair_type} {reason} {count}"
@@ -193,7 +211,7 @@ def _too_few(report: PairOptions, short: Mapping[str, int], skips: list[tuple[An
     )
 
 
-def _rebuild(lake: Lake, run: str, name: str, report: PairOptions, metadata: dict[str, Any]) -> str:
+def _rebuild(lake: Lake, run: str, name: str, report: PairReport, metadata: dict[str, Any]) -> str:
     """The command that makes the same probe under another name with enough corrupted records."""
     splits = " ".join(f"--split {split}" for split in metadata["splits"])
     return (
