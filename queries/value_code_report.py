@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from ..lake.datasets import ACTIVATIONS, READOUTS, WEIGHTS, Need
 from ..lake.errors import UnknownName
+from ..lake.value_codes import ANSWER_VALUE, CAUSAL_PREFIX, MEASURED_EVENTS, POSITION_TOKEN
 from .probe_report import ProbeReport, require_roles, require_stages
 from .report import Report, ReportFailed
 
@@ -21,26 +22,15 @@ if TYPE_CHECKING:
     from .arrays.stage_lens import Candidates, StageLens
     from .results import Results
 
-POSITION_TOKEN, ANSWER_VALUE, CAUSAL_PREFIX = "position_token", "answer_value", "causal_prefix"
 FINAL_NORM = "final_norm"
 # Both built-in families' epsilon, for runs registered before the lake held it.
 FALLBACK_EPSILON = 1e-5
 _LABELS = ("query_key", "support_key", "support_value")
 
-_SECTIONS = """\
+_SECTIONS = f"""\
 -- Events of the first --max-records records.
 -- view: measured_events
-WITH kept AS (
-    SELECT example
-    FROM probe_examples
-    WHERE run = $run AND probe = $probe AND ($all_splits OR list_contains($split, split))
-    ORDER BY example
-    LIMIT $max_records
-)
-SELECT row_number() OVER (ORDER BY e.event) - 1 AS place, e.*
-FROM chosen_events AS e
-JOIN kept AS k ON k.example = e.example
-ORDER BY place
+{MEASURED_EVENTS}
 
 -- view: token_texts
 SELECT token, coalesce(max(text), token::VARCHAR) AS text
@@ -92,6 +82,9 @@ LEFT JOIN label_tokens AS s ON s.place = m.place AND s.label = 'support_value'
 LEFT JOIN token_texts AS st ON st.token = s.token
 ORDER BY m.place
 
+"""
+
+_FINAL_VALUES = """\
 -- The model's own logits.
 -- view: final_values
 SELECT
@@ -131,10 +124,13 @@ class RolePlaces:
 class _ValueCodeSections(Report):
     """Puts the shared views after `chosen_events` and before the report's own sections."""
 
+    # View `final_values`: step, place, and the value metrics of the model's own logits.
+    final_values_section: ClassVar[str] = _FINAL_VALUES
+
     @classmethod
     def sql_text(cls) -> str:
         """The shared views, then the report's own sections."""
-        return _SECTIONS + super().sql_text()
+        return _SECTIONS + cls.final_values_section + super().sql_text()
 
 
 class ValueCodeReport(ProbeReport, _ValueCodeSections):

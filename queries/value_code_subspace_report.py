@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, PositiveInt, field_validator
 
 from ..lake import Lake
+from ..lake.value_codes import ANSWER_VALUE
 from .chart import Trajectory
 from .markdown import number, percent
 from .report import RowFile, TextTable
 from .results import Results
-from .value_code_report import ANSWER_VALUE, FINAL_NORM, ValueCodeReport, no_repeats
+from .value_code_report import FINAL_NORM, ValueCodeReport, no_repeats
 
 if TYPE_CHECKING:
     import numpy as np

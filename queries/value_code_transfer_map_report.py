@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-from pydantic import Field, PositiveInt, field_validator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..lake import Lake
+from ..lake.value_codes import ANSWER_VALUE, DISTRACTORS, KEY, SUPPORT_KEY, TRUE, WRONG
 from .chart import Trajectory
 from .markdown import number, percent
 from .report import ReportFailed, RowFile, TextTable
 from .results import Results
-from .value_code_report import ANSWER_VALUE, FINAL_NORM, ValueCodeReport, no_repeats
+from .value_code_report import FINAL_NORM
+from .value_code_transfer import ValueCodeTransferReport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,36 +20,9 @@ if TYPE_CHECKING:
 
     from .arrays.transfer_maps import Ends, Fitting
 
-Control = Literal["shuffled_answer_value", "wrong_support_value", "key_identity", "random_subspace"]
-_TRUE = "true_transfer"
-_DISTRACTORS, _SUPPORT_KEY = "value_distractors", "support_key"
 
-
-class ValueCodeTransferMapReport(ValueCodeReport):
+class ValueCodeTransferMapReport(ValueCodeTransferReport):
     """Does the value code at a source position predict the code at a target position, better than its controls?"""
-
-    source_stage: str = Field(..., description="residual stage of the source vectors")
-    target_stage: str = Field(..., description="residual stage of the target vectors")
-    source_position_role: str = Field(
-        ..., description="role whose positions are averaged into the source vector"
-    )
-    target_position_role: str = Field(
-        ..., description="role whose positions are averaged into the target vector"
-    )
-    group_by: str = Field(
-        ..., description="token that groups the vectors: position_token, answer_value, or that of a role"
-    )
-    basis_rank: tuple[PositiveInt, ...] = Field(
-        ..., min_length=1, description="rank of the identity bases between which maps are fitted"
-    )
-    control: tuple[Control, ...] = Field((), description="control evaluated beside the true transfer")
-    fit_fraction: float = Field(
-        0.75, gt=0, lt=1, description="share of the examples that fits bases and maps"
-    )
-    ridge_lambda: float = Field(
-        1e-4, ge=0, allow_inf_nan=False, description="ridge penalty, not scaled by examples"
-    )
-    random_seed: int = Field(0, ge=0, description="seed of control random_subspace")
 
     row_files: ClassVar[Mapping[str, RowFile]] = {
         "transfer_rows": RowFile("value_code_transfer_map_rows", "transfer_rows"),
@@ -100,14 +73,10 @@ class ValueCodeTransferMapReport(ValueCodeReport):
         ),
     )
     how_to_read = (
-        "One example per query event. SHA-256 of sample_id:query_index decides which examples fit bases and maps and which "
-        "judge them (eval): the same ones at every step and rank. All numbers are of eval examples.",
+        ValueCodeTransferReport.split_note,
         "Coordinates are those on the identity bases (top directions of the token means of the fit examples), not centred. "
         "The map is affine, fitted with a ridge penalty that is not scaled by the number of examples; its offset is free.",
-        "true_transfer: each example's own source. shuffled_answer_value: the next eval example's source, same map. "
-        "wrong_support_value: the mean of the value distractors up to the prediction, same map. key_identity: the "
-        "support key's vector on its own basis, map fitted anew. random_subspace: the true source on random directions, map "
-        "fitted anew.",
+        ValueCodeTransferReport.controls_note,
         "random_subspace shows what any directions of the source predict, not what no information would. It is drawn with "
         "numpy's default generator, seed random_seed + 1009·step + 9176·rank: a report has no torch, whose generator gives "
         "other directions for the same seed.",
@@ -137,28 +106,9 @@ class ValueCodeTransferMapReport(ValueCodeReport):
         "control": ("shuffled_answer_value", "random_subspace"),
     }
 
-    @field_validator("basis_rank", "control")
-    @classmethod
-    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return no_repeats(values)
-
-    def stages_read(self) -> tuple[str, ...]:
-        """Source and target."""
-        return (self.source_stage, self.target_stage)
-
-    def roles_read(self) -> tuple[str, ...]:
-        """Source and target, and those of the controls asked for."""
-        extra = {"wrong_support_value": _DISTRACTORS, "key_identity": _SUPPORT_KEY}
-        controls = (extra[control] for control in self.control if control in extra)
-        return (self.source_position_role, self.target_position_role, *controls)
-
-    def groupings(self) -> tuple[str, ...]:
-        """--group-by, and the key where its control is asked for."""
-        return (self.group_by, *((_SUPPORT_KEY,) if "key_identity" in self.control else ()))
-
     def parameters(self) -> dict[str, Any]:
         """Adds `eval_kinds`, in order."""
-        return {**super().parameters(), "eval_kinds": [_TRUE, *self.control]}
+        return {**super().parameters(), "eval_kinds": [TRUE, *self.control]}
 
     def arrays(self, name: str, results: Results) -> Mapping[str, Any]:
         """Section `transfers`: one row per (step, rank, kind of source), lists with one entry per eval example."""
@@ -209,13 +159,13 @@ class ValueCodeTransferMapReport(ValueCodeReport):
         lens = self.lens(results, candidates.tokens)
         source = self.places(results, self.source_position_role)
         target = self.places(results, self.target_position_role)
-        wrong = self.places(results, _DISTRACTORS, True) if "wrong_support_value" in self.control else None
-        key = self.places(results, _SUPPORT_KEY) if "key_identity" in self.control else None
+        wrong = self.places(results, DISTRACTORS, True) if WRONG in self.control else None
+        key = self.places(results, SUPPORT_KEY) if KEY in self.control else None
         tokens = {
             "source": self.group_tokens(results, self.group_by, source),
             "target": self.group_tokens(results, self.group_by, target),
         }
-        keys = None if key is None else self.group_tokens(results, _SUPPORT_KEY, key)
+        keys = None if key is None else self.group_tokens(results, SUPPORT_KEY, key)
         for step in results.steps:
             at_source = self.stored(results, self.source_stage, step)
             at_target = (
@@ -243,7 +193,7 @@ class ValueCodeTransferMapReport(ValueCodeReport):
                     None if wrong is None else wrong.means(at_source),
                     None
                     if key is None or keys is None
-                    else Side(key.means(at_source), keys, _SUPPORT_KEY, self.source_stage, _SUPPORT_KEY),
+                    else Side(key.means(at_source), keys, SUPPORT_KEY, self.source_stage, SUPPORT_KEY),
                     lens(step),
                     self.target_stage == FINAL_NORM,
                     candidates,

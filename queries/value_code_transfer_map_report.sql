@@ -1,13 +1,3 @@
--- Which examples fit the maps and which judge them: the first 8 bytes of SHA-256 of "sample_id:query_index", as a number
--- from 0 to 1, the same at every step and rank.
--- view: split_examples
-SELECT
-    *,
-    ('0x' || left(sha256(sample_id || ':' || query_index), 16))::UBIGINT::DOUBLE / 18446744073709551615.0 AS split_number,
-    CASE WHEN split_number < $fit_fraction THEN 'fit' ELSE 'eval' END AS fit_split
-FROM measured_events
-ORDER BY place
-
 -- Made by the report's arrays method: one row per (step, rank, kind of source), lists with one entry per eval example.
 -- arrays: transfers
 
@@ -101,48 +91,6 @@ ORDER BY
             'source_value_identity', 'target_value_identity', 'source_key_identity_control', 'random_source_control'
         ], basis.basis_role
     )
-
--- view: pair_ends
-WITH ends AS (
-    SELECT place, role, list(position ORDER BY position) AS positions, min_by(token, position) AS first_token
-    FROM role_positions
-    GROUP BY place, role
-)
-SELECT
-    x.place, x.fit_split, s.positions AS source_positions, t.positions AS target_positions,
-    CASE $group_by WHEN 'position_token' THEN s.first_token ELSE g.token END AS source_group_token_id,
-    CASE $group_by WHEN 'position_token' THEN t.first_token ELSE g.token END AS target_group_token_id,
-    k.token AS key_group_token_id
-FROM split_examples AS x
-JOIN ends AS s ON s.place = x.place AND s.role = $source_position_role
-JOIN ends AS t ON t.place = x.place AND t.role = $target_position_role
-LEFT JOIN label_tokens AS g ON g.place = x.place AND g.label = $group_by
-LEFT JOIN label_tokens AS k ON k.place = x.place AND k.label = 'support_key'
-
--- rows: pair_rows
-SELECT
-    $lake || '#' || $run || '/' || f.step AS checkpoint,
-    format('step_{:06d}', f.step) AS checkpoint_name,
-    f.step AS checkpoint_step,
-    e.batch_index, e.sample_id, e.split, e.query_index,
-    $source_stage AS source_stage, $target_stage AS target_stage,
-    $source_position_role AS source_position_role, $target_position_role AS target_position_role,
-    NULL::VARCHAR AS context_stage, NULL::VARCHAR AS context_position_role,
-    x.source_positions, x.target_positions, NULL::INTEGER[] AS context_positions,
-    $group_by AS group_by,
-    x.source_group_token_id, st.text AS source_group_token,
-    x.target_group_token_id, tt.text AS target_group_token,
-    x.key_group_token_id, kt.text AS key_group_token,
-    e.answer_value_token_id, e.answer_value_token,
-    f.value_accuracy AS final_value_accuracy, f.value_margin AS final_value_margin,
-    x.fit_split, x.place AS example_index
-FROM final_values AS f
-JOIN pair_ends AS x ON x.place = f.place
-JOIN event_facts AS e ON e.place = f.place
-LEFT JOIN token_texts AS st ON st.token = x.source_group_token_id
-LEFT JOIN token_texts AS tt ON tt.token = x.target_group_token_id
-LEFT JOIN token_texts AS kt ON kt.token = x.key_group_token_id
-ORDER BY f.step, f.place
 
 -- view: top_summary
 SELECT *
