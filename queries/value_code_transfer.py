@@ -6,8 +6,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
-from ..lake.value_codes import DISTRACTORS, KEY, SUPPORT_KEY, WRONG
+from ..lake.value_codes import DISTRACTORS, KEY, SHUFFLED, SUPPORT_KEY, WRONG
+from .markdown import percent
 from .report import Report
+from .results import Results
 from .value_code_report import ValueCodeReport, no_repeats
 
 Control = Literal["shuffled_answer_value", "wrong_support_value", "key_identity", "random_subspace"]
@@ -140,3 +142,18 @@ class ValueCodeTransferReport(ValueCodeReport, _TransferSections):
     def parameters(self) -> dict[str, Any]:
         """Adds stage and role of a context, null for a report without."""
         return {"context_stage": None, "context_position_role": None, **super().parameters()}
+
+    def shuffle_warning(self, results: Results, section: str) -> list[str]:
+        """How often the shuffle changes nothing; `section` has a row per example, eval_kind and source_has_same_answer."""
+        found = results.first(
+            "SELECT count(*) AS examples, count(*) FILTER (source_has_same_answer) AS same FROM (SELECT DISTINCT sample_id, "
+            f"query_index, source_has_same_answer FROM {section} WHERE eval_kind = $shuffled)",
+            shuffled=SHUFFLED,
+        )
+        if found is None or not found["same"]:
+            return []
+        return [
+            f"The shuffle gives {found['same']} of {found['examples']} eval examples a source with the same answer "
+            f"({percent(found['same'] / found['examples'])}), where a right map is right: they are kept, and marked "
+            "source_has_same_answer."
+        ]

@@ -202,17 +202,7 @@ class ValueCodeTransferMapReport(ValueCodeTransferReport):
 
     def warnings(self, results: Results) -> list[str]:
         """How often the shuffle changes nothing."""
-        found = results.first(
-            "SELECT count(*) AS examples, count(*) FILTER (source_has_same_answer) AS same FROM (SELECT DISTINCT sample_id, "
-            "query_index, source_has_same_answer FROM transfer_rows WHERE eval_kind = 'shuffled_answer_value')"
-        )
-        if found is None or not found["same"]:
-            return []
-        return [
-            f"The shuffle gives {found['same']} of {found['examples']} eval examples a source with the same answer "
-            f"({percent(found['same'] / found['examples'])}), where a right map is right: they are kept, and marked "
-            "source_has_same_answer."
-        ]
+        return self.shuffle_warning(results, "transfer_rows")
 
     def findings(self, results: Results) -> list[str]:
         """Whether the true map beats all its controls, by how much, and from which step on."""
