@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -118,6 +118,7 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
         "mean_rescue_fraction_from_means is the ratio of means, mean_rescue_fraction_per_row the mean of ratios, which rows "
         "with hardly a drop dominate: read the first. Where the drop is small both are noise. rescue_vs_drop_r_squared "
         "compares rescue and drop row by row, without a fit.",
+        "Findings say clearly more where it is by more than 5 points, fractions above 100 % counted as 100 %.",
     )
     next_queries = (
         (
@@ -137,6 +138,7 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
         "--target-stage layer_1_post_mlp --source-position-role support_value --target-position-role prediction "
         "--group-by answer_value --basis-rank 4 --control shuffled_answer_value --control random_subspace --out rescue"
     )
+    demo_steps: ClassVar[Literal["states", "checkpoints", "window"]] = "checkpoints"
     demo_options: ClassVar[Mapping[str, Any]] = {
         "source_stage": "layer_0_post_mlp",
         "target_stage": "layer_1_post_mlp",
@@ -218,14 +220,14 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
         lines = self.shuffle_warning(results, "rescue_rows")
         small = results.rows(
             "SELECT checkpoint_step FROM headline WHERE eval_kind = 'true_transfer' AND basis_rank = $rank "
-            f"QUALIFY abs(mean_total_drop) < {_SOME} * max(abs(mean_total_drop)) OVER () ORDER BY checkpoint_step",
+            f"QUALIFY mean_total_drop <= 0 OR mean_total_drop < {_SOME} * max(mean_total_drop) OVER () ORDER BY 1",
             rank=max(self.basis_rank),
         )
         if small:
             steps = ", ".join(str(row["checkpoint_step"]) for row in small)
             lines.append(
-                f"At {'step' if len(small) == 1 else 'steps'} {steps} taking the code away changes the margin by less than "
-                f"{percent(_SOME)} of what it does at most: rescue fractions there are noise."
+                f"At {'step' if len(small) == 1 else 'steps'} {steps} taking the code away lowers the margin by less than "
+                f"{percent(_SOME)} of what it does at most, or raises it: rescue fractions there are noise."
             )
         return lines
 
@@ -237,6 +239,11 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
             rank=top,
         )
         lines = [self._causal(results, rows[-1], top)]
+        if not _is_causal(rows[-1]):
+            return [
+                *lines,
+                "So there is nothing to rescue: the fractions below say how far a run moved, not that a transfer suffices.",
+            ]
         contests = results.rows("FROM against_controls ORDER BY basis_rank, checkpoint_step")
         for transfer in ("true_transfer", WITH_CONTEXT):
             of = [row for row in contests if row["transfer"] == transfer and row["basis_rank"] == top]
@@ -252,14 +259,12 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
             step=row["checkpoint_step"],
         )
         assert accuracy is not None
-        drop = row["mean_total_drop"]
-        verdict = (
-            "**is causal**" if drop > 0 and row["dropped_fraction"] > 0.5 else "is **not** shown to be causal"
-        )
+        verdict = "**is causal**" if _is_causal(row) else "is **not** shown to be causal"
+        moved, drop = ("lowers" if row["mean_total_drop"] >= 0 else "raises"), abs(row["mean_total_drop"])
         return (
             f"At step {row['checkpoint_step']} the rank-{rank} code of {self.target_stage} / {self.target_position_role} "
-            f"{verdict}: taking it away lowers the margin over the clean run's competitor by **{number(drop)}** "
-            f"({number(row['mean_clean_scalar'])} → {number(row['mean_target_subspace_removed_scalar'])}, in "
+            f"{verdict}: taking it away {moved} the margin over the clean run's competitor by **{number(drop)}** "
+            f"({number(row['mean_clean_scalar'])} → {number(row['mean_target_subspace_removed_scalar'])}, lower in "
             f"{percent(row['dropped_fraction'])} of {row['num_rows']} held-out examples), and accuracy among values from "
             f"{percent(accuracy['mean_clean_scalar'])} to {percent(accuracy['mean_target_subspace_removed_scalar'])}."
         )
@@ -278,7 +283,7 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
             return (
                 f"{said}. No --control was asked for, so nothing says how much of that any source would give."
             )
-        verdict = "more than every" if contest["is_ahead"] else "**not** more than every"
+        verdict = "clearly more than every" if contest["is_ahead"] else "**not** clearly more than every"
         what = "control" if contest["transfer"] != WITH_CONTEXT else "control, or either alone"
         return f"{said}, {verdict} {what}: the best, {contest['other']}, gives {percent(contest['other_fraction'])}."
 
@@ -289,10 +294,12 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
                 break
             since = row["checkpoint_step"]
         if since is None:
-            return f"At rank {rank} {transfer} does not give back half and more than the others at the last step."
+            return f"At rank {rank} {transfer} does not give back half, and clearly more than the others, at the last step."
         last = rows[-1]["checkpoint_step"]
         when = "at the last step" if since == last else f"from step **{since}** to the last"
-        return f"At rank {rank} {transfer} gives back at least half, and more than the others, {when}."
+        return (
+            f"At rank {rank} {transfer} gives back at least half, and clearly more than the others, {when}."
+        )
 
     def _other_ranks(self, contests: list[dict[str, Any]], top: int) -> list[str]:
         last = max(row["checkpoint_step"] for row in contests)
@@ -325,3 +332,8 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
                 "random_subspace": "Q of the QR of torch.randn, CPU generator, seed random_seed + 1009 step + 9176 rank",
             }
         }
+
+
+def _is_causal(oracle: Mapping[str, Any]) -> bool:
+    """Whether taking the code away lowers the margin, on average and in most examples."""
+    return bool(oracle["mean_total_drop"] > 0 and oracle["dropped_fraction"] > 0.5)
