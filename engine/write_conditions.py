@@ -90,6 +90,7 @@ def _layer(
     after = torch.arange(scores.shape[-1], device=scores.device) > query[:, None, None]
     attention = scores.masked_fill(after, -math.inf).softmax(-1)
     of_support = attention * support
+    alone = support.to(attention) / support.sum(-1, keepdim=True)
     return {
         "support_score": mean_over(support, scores),
         "distractor_score": mean_over(distractors, scores),
@@ -99,7 +100,7 @@ def _layer(
         "distractor_mass": (attention * distractors).sum(-1),
         "attended": _mix(attention, values),
         "attended_support": _mix(of_support, values),
-        "support": _mix((support / support.sum(-1, keepdim=True)).expand_as(attention), values),
+        "support": _mix(alone.expand_as(attention), values),
     }
 
 
