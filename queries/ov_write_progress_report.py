@@ -1,4 +1,4 @@
-"""ov-write-progress-report: which head's write grew with the answer, and by attention or by its value map? (definitions 3 §G)"""
+"""ov-write-progress-report: whose write grew with the answer, by attention or by its value map? (definitions 3 §G)"""
 
 from __future__ import annotations
 
@@ -65,21 +65,22 @@ class OVWriteProgressReport(PairOptions):
             "Head by head",
             {
                 "head": "head_label",
-                "write, first": "first_write",
-                "last": "last_write",
-                "attention on the support alone": "last_map",
+                "attention × OV, first": "first_product",
+                "last": "last_product",
+                "change by attention": "by_attention",
+                "by the OV map": "by_ov_map",
+                "r with the answer": "correlation",
+                "attention, first": "first_mass",
+                "last ": "last_mass",
+                "whole write at the end": "last_write",
+                "from the support alone": "last_map",
                 "values shuffled": "last_shuffled",
                 "both": "last_shuffled_map",
-                "attention on the support, first": "first_mass",
-                "last ": "last_mass",
-                "attention × OV: by attention": "by_attention",
-                "by the OV map": "by_ov_map",
-                "r with the margin": "correlation",
             },
-            about="Value margins of the write in logits, means over all pairs of the first record side at the first and the "
-            "last checkpoint; the replaced ones at the last. `by attention` and `by the OV map` add up to the change of the "
-            "support's attention mass times the OV margin. r is over the intervals, of the write's value margin and the "
-            "answer's margin against the source's best competitor.",
+            about="Means over all pairs of the first record side. Attention is the mass on the support, OV the value "
+            "margin of what the head writes from it; the change of their product is the sum of the two parts. r is over "
+            "the intervals, of the product and the answer's margin against the source's best competitor. The last four "
+            "columns are value margins in logits at the last checkpoint, under the four conditions.",
         ),
         TextTable(
             "top_correlations",
@@ -93,21 +94,22 @@ class OVWriteProgressReport(PairOptions):
                 "Pearson r": "correlation",
                 "intervals": "num_points",
             },
-            about="Over the intervals between neighbouring checkpoints, largest |r| first.",
+            about="Over the intervals between neighbouring checkpoints, largest |r| first. The OV map and its products "
+            "are the same under both attentions.",
         ),
     )
     charts = (
         Trajectory(
             "write_trajectory",
             "trajectory",
-            "Which head's write grew, by what, and with the answer?",
+            "Whose write from the support grew, by what, and with the answer?",
             about="means over all pairs of the first record side",
             series="series",
             panel="panel",
             panel_titles={
-                "write": "write, value margin",
-                "ov_map": "OV map, value margin",
+                "product": "attention × OV",
                 "mass": "attention to the support",
+                "ov_map": "OV value margin",
                 "answer": "answer margin",
             },
             highlight=6,
@@ -116,7 +118,7 @@ class OVWriteProgressReport(PairOptions):
             "conditions",
             "condition_lines",
             "Is it the attention, or the values it finds?",
-            about="the heads whose write grew most; value margin of the write, in logits",
+            about="value margin of the whole write, in logits, of the heads whose write from the support grew most",
             series="series",
             panel="panel",
         ),
@@ -137,20 +139,20 @@ class OVWriteProgressReport(PairOptions):
         ),
     )
     how_to_read = (
-        "S and D are the support and distractor keys up to the query, a the attention to them, s the score before the softmax; "
-        "a write is W_O times a mix of value vectors (value bias in, output bias out), and vm(u) is u read by the raw "
-        "unembedding, answer less the competitor that u favours most.",
+        "S and D are the support and distractor keys up to the query, a the attention to them, s the score before the "
+        "softmax; a write is W_O times a mix of value vectors (value bias in, output bias out), and vm(u) is u read by "
+        "the raw unembedding, answer less the competitor that u favours most.",
         "`real_attention_real_values` is what the head writes; `correct_support_attention_…` what it would write if it "
         "attended to S alone; with `…_shuffled_values` S has the mean value vector of another pair's S. "
         "`ov_map_value_margin` is vm of the write from S alone, `head_value_margin_dla` vm of the condition's write.",
-        "These are substitutions at readout: no later layer is run again, so attention, scores, logits and loss are the model's "
-        "own under every condition, and the four products take the model's own attention and scores.",
+        "These are substitutions at readout: no later layer is run again, so attention, scores, logits and loss are the "
+        "model's own under every condition, and the four products take the model's own attention and scores.",
         "The other pair is the one before it among the pairs of its type in scan order, the last for the first "
-        "(`shuffled_pair_id`); the reference toolkit's depends on its batch size. Its values are those of its own record, at "
-        "its own positions.",
-        "`head_margin_dla` is the write times the gradient of the model's value margin at the last residual stage, through its "
-        "LayerNorm, at the same checkpoint: the readout moves too. "
-        "`fixed_source_competitor_margin` holds the answer against the competitor that was best at the interval's source.",
+        "(`shuffled_pair_id`); the reference toolkit's depends on its batch size. Its values are those of its own "
+        "record, at its own positions.",
+        "`head_margin_dla` is the write times the gradient of the model's value margin at the last residual stage, "
+        "through its LayerNorm, at the same checkpoint: the readout moves too. `fixed_source_competitor_margin` holds "
+        "the answer against the competitor that was best at the interval's source.",
         "That two changes go together over the intervals is no proof that one makes the other; between two intervals r is "
         "±1 whatever they are.",
     )
@@ -163,8 +165,8 @@ class OVWriteProgressReport(PairOptions):
     )
     example: ClassVar[str] = (
         "lakebed query ov-write-progress-report --lake demo.lake --run demo --head L0H0 --head L1H1 --score-query-role "
-        "prediction --support-key-role support_value --distractor-key-role value_distractors --record-side clean --pair-type "
-        "support_value --out writes"
+        "prediction --support-key-role support_value --distractor-key-role value_distractors --record-side clean "
+        "--pair-type support_value --out writes"
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
         "head": ("L0H0", "L0H1", "L1H0", "L1H1"),

@@ -280,15 +280,15 @@ SELECT
 FROM ends
 GROUP BY head_label
 
--- Heads by how much their write grew.
+-- Heads by how much of their write from the support grew: attention mass times OV margin.
 -- view: heads
 WITH ends AS (
     SELECT
         head_label,
+        min_by(support_mass_ov_value_margin_mean, step) FILTER (condition = $conditions[1]) AS first_product,
+        max_by(support_mass_ov_value_margin_mean, step) FILTER (condition = $conditions[1]) AS last_product,
         min_by(head_value_margin_dla_mean, step) FILTER (condition = $conditions[1]) AS first_write,
         max_by(head_value_margin_dla_mean, step) FILTER (condition = $conditions[1]) AS last_write,
-        min_by(head_margin_dla_mean, step) FILTER (condition = $conditions[1]) AS first_dla,
-        max_by(head_margin_dla_mean, step) FILTER (condition = $conditions[1]) AS last_dla,
         min_by(attention_support_mass_mean, step) AS first_mass,
         max_by(attention_support_mass_mean, step) AS last_mass,
         min_by(ov_map_value_margin_mean, step) FILTER (condition = $conditions[1]) AS first_map,
@@ -301,13 +301,13 @@ WITH ends AS (
     GROUP BY head_label
 )
 SELECT
-    e.*, last_write - first_write AS change, p.by_attention, p.by_ov_map,
+    e.*, last_product - first_product AS change, p.by_attention, p.by_ov_map,
     c.correlation, c.reason, c.num_points
 FROM ends AS e
 JOIN product_parts AS p USING (head_label)
 JOIN correlation_rows AS c
     ON c.head_label = e.head_label AND c.record_side = $record_side[1] AND c.condition = $conditions[1]
-    AND c.write_delta_metric = 'delta_head_value_margin_dla' AND c.output_delta_metric = 'delta_fixed_source_competitor_margin'
+    AND c.write_delta_metric = 'delta_support_mass_ov_value_margin' AND c.output_delta_metric = 'delta_fixed_source_competitor_margin'
 ORDER BY change DESC, list_position($head, e.head_label)
 
 -- view: top_correlations
@@ -323,14 +323,14 @@ LIMIT $top_k_correlations
 -- view: trajectory
 SELECT
     step, head_label AS series,
-    unnest(['write', 'ov_map', 'mass']) AS panel,
-    unnest([head_value_margin_dla_mean, ov_map_value_margin_mean, attention_support_mass_mean]) AS value
+    unnest(['product', 'mass', 'ov_map']) AS panel,
+    unnest([support_mass_ov_value_margin_mean, attention_support_mass_mean, ov_map_value_margin_mean]) AS value
 FROM primary_rows
 WHERE condition = $conditions[1]
 UNION ALL
 SELECT DISTINCT step, 'answer', 'answer', moving_answer_margin_mean FROM primary_rows
 
--- The heads whose writes grew most, under every condition.
+-- The heads whose writes from the support grew most, under every condition.
 -- view: condition_lines
 SELECT
     r.step, r.head_label AS panel,
@@ -366,7 +366,7 @@ SELECT
         WHEN 'delta_attended_support_ov_value_margin' THEN 'mean a × OV'
         WHEN 'delta_support_mass_ov_value_margin' THEN 'mass × OV'
         WHEN 'delta_qk_ov_product' THEN 'QK × OV'
-        ELSE 'Δmass × OV'
+        ELSE 'mass separation × OV'
     END AS "column",
     correlation AS value
 FROM correlation_rows

@@ -9,11 +9,13 @@ from .results import Results
 
 
 def findings(results: Results, side: str) -> list[str]:
-    """Of views `heads` and `correlation_rows`: the head whose write grew most, what made it grow, and what tracks the answer."""
+    """Of views `heads` and `correlation_rows`: whose write from the support grew most, what made it grow, what the
+    conditions do to it, and which write scalar tracks the answer."""
     heads = results.rows("FROM heads")
     return [
         _grew(heads[0], results, side),
         _made_by(heads[0]),
+        _conditions(heads[0]),
         *_others(heads),
         _tracked(results, heads[0]["head_label"]),
     ]
@@ -28,44 +30,56 @@ def warnings(results: Results) -> list[str]:
     assert found is not None
     if found["same_answer"]:
         lines.append(
-            f"In {found['same_answer']:,} of {found['pairs']:,} pairs the shuffled values come from a pair with the same answer: "
-            "there shuffling leaves the right value in place."
+            f"In {found['same_answer']:,} of {found['pairs']:,} pairs the shuffled values come from a pair with the same "
+            "answer: there shuffling leaves the right value in place."
         )
     return lines
 
 
 def _grew(head: dict[str, Any], results: Results, side: str) -> str:
-    margin = f"{number(head['first_margin'])} → {number(head['last_margin'])}"
     rose = "rose" if head["last_margin"] > head["first_margin"] else "fell"
-    title = f"**{head['head_label']}'s write grew most**"
+    title = f"**{head['head_label']}'s write from the support grew most**"
     if head["change"] <= 0:
-        title = f"**No head's write grew; {head['head_label']}'s fell least**"
+        title = f"**No head's write from the support grew; {head['head_label']}'s fell least**"
     elif rose == "rose" and (head["correlation"] or 0) > 0:
-        title = f"**{head['head_label']}'s write grew with the answer**"
+        title = f"**{head['head_label']}'s write from the support grew with the answer**"
     together = (
         f"interval by interval ({head['num_points']}) the two move together with r = {number(head['correlation'], 2)}"
         if head["correlation"] is not None
         else f"interval by interval they cannot be held against each other ({head['reason'].replace('_', ' ')})"
     )
     return (
-        f"{title}: from step {results.steps[0]} to {results.steps[-1]} its value margin went "
-        f"{number(head['first_write'])} → {number(head['last_write'])}, while the answer's margin {rose}, {margin} (clean "
-        f"records); {together}."
-    ).replace("(clean records)", f"({side} records)")
+        f"{title}: from step {results.steps[0]} to {results.steps[-1]} attention mass on it times OV value margin went "
+        f"{number(head['first_product'], 3)} → {number(head['last_product'], 3)}, while the answer's margin {rose}, "
+        f"{number(head['first_margin'], 3)} → {number(head['last_margin'], 3)} (mean over {side} records); {together}."
+    )
 
 
 def _made_by(head: dict[str, Any]) -> str:
     attention, ov_map = head["by_attention"], head["by_ov_map"]
-    total, sizes = attention + ov_map, abs(attention) + abs(ov_map)
-    larger, value = ("its attention", attention) if abs(attention) > abs(ov_map) else ("its OV map", ov_map)
-    share = f"{percent(abs(value) / sizes)} of the sizes of both" if sizes else "nothing moved"
-    lost = head["last_write"] - head["last_shuffled"]
-    kept = f"{number(head['last_shuffled'])} with another pair's values there (so {number(lost)} hang on the support's own)"
+    sizes = abs(attention) + abs(ov_map)
+    larger = "Its attention" if abs(attention) > abs(ov_map) else "Its OV map"
+    share = max(abs(attention), abs(ov_map)) / sizes if sizes else None
     return (
-        f"**It is mostly {larger}** ({share}): attention mass on the support times OV margin changed by {number(total)}, "
-        f"{_signed(attention)} by attention ({number(head['first_mass'], 3)} → {number(head['last_mass'], 3)}) and "
-        f"{_signed(ov_map)} by the OV map ({number(head['first_map'])} → {number(head['last_map'])}). At the end it writes "
-        f"{number(head['last_write'])}; {number(head['last_map'])} if it attended to the support alone, {kept}."
+        f"**{larger} did more of it** ({percent(share)} of the sizes of both): {_signed(attention)} by attention "
+        f"({number(head['first_mass'], 3)} → {number(head['last_mass'], 3)}), {_signed(ov_map)} by the OV map "
+        f"({number(head['first_map'], 3)} → {number(head['last_map'], 3)})."
+    )
+
+
+def _conditions(head: dict[str, Any]) -> str:
+    """What replaced attention and replaced values do to the whole write, at the last checkpoint."""
+    real, support, shuffled = head["last_write"], head["last_map"], head["last_shuffled"]
+    useful = (
+        "makes the write favour the answer" if support > 0 else "does not make the write favour the answer"
+    )
+    if real > 0:
+        useful = "strengthens it" if support > real else "does not strengthen it"
+    return (
+        f"At the end the whole write of {head['head_label']} has a value margin of {number(real, 3)} logits. Attention "
+        f"on the support alone {useful} ({number(support, 3)}); with another pair's values there it is "
+        f"{number(shuffled, 3)}, so that {number(real - shuffled, 3)} hang on the support's own values; with both, "
+        f"{number(head['last_shuffled_map'], 3)}."
     )
 
 
@@ -74,7 +88,7 @@ def _others(heads: list[dict[str, Any]]) -> list[str]:
         return []
     listed = ", ".join(f"{of['head_label']} {_signed(of['change'])}" for of in heads[1:6])
     more = f" and {len(heads) - 6} more" if len(heads) > 6 else ""
-    return [f"The other heads' writes changed by: {listed}{more}."]
+    return [f"Of the other heads it changed by: {listed}{more}."]
 
 
 def _tracked(results: Results, head: str) -> str:
