@@ -162,6 +162,11 @@ class Storage:
             os.path.getsize(f"{self.root}/{key}") if self.local else self.fs.size(f"{self.root}/{key}")
         )
 
+    def modified(self, key: str) -> float:
+        """When `key` was written, in seconds since 1970, by the clock of the storage."""
+        path = f"{self.root}/{key}"
+        return float(os.path.getmtime(path) if self.local else self.fs.modified(path).timestamp())
+
     def names(self, key: str) -> list[str]:
         """Names of the entries directly below `key`, sorted, hidden ones left out; empty if there is no such folder."""
         if self.local:

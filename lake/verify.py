@@ -1,23 +1,33 @@
 """Checking a whole lake: every file against its receipt, every array against the step axis, every key for duplicates.
 
 Nothing here repairs. Each finding names a path, what is wrong with it, whose unit it is and what mends it. Files
-that no receipt names are counted but are no damage: a writer that was killed, or is still at work, left them.
+that no receipt names are counted but are no damage: a writer that was killed, or is still at work, left them, or they
+were compacted.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from . import codec
+from .compactions import (
+    Compaction,
+    compaction_key,
+    compaction_numbers,
+    compactions_folder,
+    counted,
+)
 from .datasets import PROBE, RECORDED
 from .errors import LakebedError
 from .names import content_hash
-from .receipts import FOLDER, FileEntry, Receipt, receipt_key
+from .receipts import FOLDER, FileEntry, Receipt, receipt_key, receipts_from_parquet
 from .schema import TABLES
 from .verify_arrays import verify_arrays
 
@@ -106,36 +116,69 @@ def remedy_for(receipt: Receipt) -> str:
 
 
 def damage(receipt: Receipt, path: str, reason: str, remedy: str | None = None) -> Damage:
-    """A finding that belongs to one unit."""
-    return Damage(path, reason, remedy or remedy_for(receipt), receipt.run, receipt.unit, receipt.dataset)
+    """A finding that belongs to one unit, or to all those whose rows lie in one compacted file."""
+    unit = None if receipt.kept_in and path.startswith("tables/") else receipt.unit
+    return Damage(path, reason, remedy or remedy_for(receipt), receipt.run, unit, receipt.dataset)
 
 
 def _receipts(lake: Lake, runs: Iterable[str], result: VerifyResult) -> Iterator[Receipt]:
-    """The receipts that can be believed; the others become findings."""
+    """The receipts that count and can be believed; the others become findings."""
     for run in runs:
-        for name in lake.storage.names(f"{FOLDER}/run={run}"):
-            unit = name.removesuffix(".parquet")
-            path = receipt_key(run, unit)
-            try:
-                data = lake.storage.read(path)
-                receipt = Receipt.from_parquet(run, data, path)
-                columns = Receipt.from_parquet(run, data, path, pages=True)
-            except FileNotFoundError:
-                continue  # removed since it was listed
-            except LakebedError as error:
-                result.damaged.append(
-                    Damage(path, str(error), f"remove {path} and run the same again", run, unit)
-                )
-                continue
-            result.files += 1
-            result.bytes += len(data)
-            reason = _doubt(receipt, columns, unit)
-            if reason:
-                result.damaged.append(damage(receipt, path, reason))
-            yield receipt
+        # Units first, as ReceiptIndex lists them.
+        names = lake.storage.names(f"{FOLDER}/run={run}")
+        compactions = counted(_compactions(lake, run, result))
+        held = {unit for compaction in compactions for unit in compaction.units}
+        for compaction in compactions:
+            yield from compaction.receipts
+        for unit in (name.removesuffix(".parquet") for name in names if name.endswith(".parquet")):
+            if unit not in held:
+                path = receipt_key(run, unit)
+                yield from _read(lake, run, path, partial(_single, run, path), result, unit)
 
 
-def _doubt(receipt: Receipt, columns: Receipt, unit: str) -> str | None:
+def _compactions(lake: Lake, run: str, result: VerifyResult) -> Iterator[Compaction]:
+    for number in compaction_numbers(lake.storage.names(compactions_folder(run))):
+        path = compaction_key(run, number)
+        receipts = _read(lake, run, path, partial(_many, run, path), result)
+        yield Compaction(run, number, tuple(receipts))
+
+
+def _single(run: str, path: str, data: bytes, pages: bool) -> Sequence[Receipt]:
+    return (Receipt.from_parquet(run, data, path, pages),)
+
+
+def _many(run: str, path: str, data: bytes, pages: bool) -> Sequence[Receipt]:
+    return receipts_from_parquet(run, data, path, pages)
+
+
+def _read(
+    lake: Lake,
+    run: str,
+    path: str,
+    parse: Callable[[bytes, bool], Sequence[Receipt]],
+    result: VerifyResult,
+    unit: str | None = None,
+) -> Sequence[Receipt]:
+    """The receipts that a file holds, of `unit` if it is named; none, and a finding, where they cannot be read."""
+    try:
+        data = lake.storage.read(path)
+        receipts, columns = parse(data, False), parse(data, True)
+    except FileNotFoundError:
+        return ()  # removed since it was listed
+    except LakebedError as error:
+        remedy = f"remove {path} and run the same again"
+        result.damaged.append(Damage(path, str(error), remedy, run, unit))
+        return ()
+    result.files += 1
+    result.bytes += len(data)
+    for receipt, same in zip_longest(receipts, columns):
+        reason = _doubt(receipt or same, same, unit or (receipt or same).unit)
+        if reason:
+            result.damaged.append(damage(receipt or same, path, reason))
+    return receipts
+
+
+def _doubt(receipt: Receipt, columns: Receipt | None, unit: str) -> str | None:
     if receipt != columns:
         return "the receipt's columns say something else than its footer"
     if receipt.unit != unit:
@@ -156,11 +199,12 @@ def _verify_files(
     lake: Lake, receipts: list[Receipt], result: VerifyResult, progress: Progress | None
 ) -> set[str]:
     """Compares every file with its receipt; returns the paths that failed."""
-    total = sum(len(receipt.files) for receipt in receipts)
-    total_bytes = sum(receipt.bytes for receipt in receipts)
+    owners = {entry.path: (receipt, entry) for receipt in reversed(receipts) for entry in receipt.files}
+    total = len(owners)
+    total_bytes = sum(entry.bytes for _, entry in owners.values())
     done = done_bytes = 0
     broken: set[str] = set()
-    for receipt, entry, reason in _compared(lake, receipts):
+    for receipt, entry, reason in _compared(lake, owners.values()):
         done, done_bytes = done + 1, done_bytes + entry.bytes
         if reason:
             broken.add(entry.path)
@@ -172,15 +216,16 @@ def _verify_files(
     return broken
 
 
-def _compared(lake: Lake, receipts: Iterable[Receipt]) -> Iterator[tuple[Receipt, FileEntry, str | None]]:
+def _compared(
+    lake: Lake, files: Iterable[tuple[Receipt, FileEntry]]
+) -> Iterator[tuple[Receipt, FileEntry, str | None]]:
     waiting: deque[tuple[Receipt, FileEntry, Future[str | None]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for receipt in receipts:
-            for entry in receipt.files:
-                waiting.append((receipt, entry, pool.submit(difference, lake, entry)))
-                if len(waiting) >= _AHEAD:
-                    oldest = waiting.popleft()
-                    yield oldest[0], oldest[1], oldest[2].result()
+        for receipt, entry in files:
+            waiting.append((receipt, entry, pool.submit(difference, lake, entry)))
+            if len(waiting) >= _AHEAD:
+                oldest = waiting.popleft()
+                yield oldest[0], oldest[1], oldest[2].result()
         for receipt, entry, future in waiting:
             yield receipt, entry, future.result()
 
@@ -213,12 +258,14 @@ def _verify_keys(lake: Lake, receipts: list[Receipt], broken: set[str]) -> list[
     session = lake.session
     for name, table in TABLES.items():
         prefix = f"tables/{name}/"
-        paths = [
-            lake.storage.path(entry.path)
-            for receipt in receipts
+        # A compacted file is one of many units, all of them in one compaction.
+        keys = {
+            (receipt.kept_in or number, entry.path)
+            for number, receipt in enumerate(receipts)
             for entry in receipt.files
             if entry.path.startswith(prefix) and entry.path not in broken
-        ]
+        }
+        paths = sorted(lake.storage.path(path) for _, path in keys)
         if not paths or name == "extractions":
             continue
         key = ", ".join(dict.fromkeys(["run", *table.key]))
