@@ -1,4 +1,4 @@
-"""answer-scalar-residual-diagnosis: what an answer's margin changes by, and which competitor it is held against (4 §0.10)."""
+"""answer-scalar-residual-diagnosis: what an answer's margin changes by, and against which competitor (4 §0.10)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class AnswerScalarResidualDiagnosis(ScalarPairReport):
     )
     how_to_read = (
         "With y the answer and w_S, w_T the best wrong tokens of the record at the source and at the target, the *moving* "
-        "margin is l[y] − l[w_S] at the source and l[y] − l[w_T] at the target; the *fixed* ones hold w_S, or w_T, at both ends.",
+        "margin is l[y] − l[w_S] at the source and l[y] − l[w_T] at the target; the *fixed* ones hold w_S, or w_T, "
+        "at both ends.",
         "Δ moving = (answer raised) + (competitor lowered) + (another competitor), the last being l[w_S] − l[w_T] at the "
         "target: never positive, and 0 where the best wrong token stays the same.",
         "`negative_answer_loss` is log p(y) over the whole vocabulary, so that more is better, as for the margins.",
@@ -76,8 +77,9 @@ class AnswerScalarResidualDiagnosis(ScalarPairReport):
     next_queries = (
         (
             "Which wrong tokens compete most often at the last step?",
-            "SELECT best_wrong_token, count(*) AS events, avg(value_margin) AS margin FROM intervention_runs WHERE run = $run AND "
-            "intervention = 'clean' AND step = (SELECT max(step) FROM intervention_runs) GROUP BY ALL ORDER BY events DESC LIMIT 10",
+            "SELECT best_wrong_token, count(*) AS events, avg(value_margin) AS margin FROM intervention_runs WHERE run = "
+            "$run AND intervention = 'clean' AND step = (SELECT max(step) FROM intervention_runs) GROUP BY ALL ORDER BY "
+            "events DESC LIMIT 10",
         ),
     )
     example: ClassVar[str] = (
@@ -102,9 +104,9 @@ class AnswerScalarResidualDiagnosis(ScalarPairReport):
         )
         assert total is not None
         return [
-            f"From step {results.steps[0]} to {results.steps[-1]} the mean margin of {top['num_pairs']} {side} records changed by "
-            f"**{_signed(total['moving'])}** logits: the answer's logit gave {_signed(total['raised'])}, the best competitor's "
-            f"{_signed(total['lowered'])}, competitors that overtook it {_signed(total['switched'])}.",
+            f"From step {results.steps[0]} to {results.steps[-1]} the mean margin of {top['num_pairs']} {side} records "
+            f"changed by **{_signed(total['moving'])}** logits: the answer's gave {_signed(total['raised'])}, the best "
+            f"competitor's {_signed(total['lowered'])}, competitors that overtook it {_signed(total['switched'])}.",
             f"Most came between steps {top['source_step']} and {top['target_step']}, {_signed(top['moving_delta_mean'])}.",
             f"In an interval {percent(total['fraction'])} of the records change their best wrong token on average: there a "
             "moving margin and a fixed one are different scalars.",

@@ -2,7 +2,7 @@
 in the untouched run and in any intervention (definitions 4 §0.10, §0.11).
 
 An interval leads from a selected step S to the next one T. With y the answer, and w_S, w_T the best wrong tokens of the
-*untouched* record at S and at T, a scalar is read off the logits l of a run at either endpoint; tokens are never chosen anew.
+*untouched* record at S and at T, a scalar is read off the logits l of a run at either endpoint; tokens are not chosen anew.
 """
 
 from __future__ import annotations
@@ -128,13 +128,14 @@ _CHECK_PRELUDE = f"""\
 -- The untouched run against what the readouts say of the same record.
 -- view: recomputed
 SELECT
-  a.step, a.pair_id, a.margin_side, unnest(['correct_value_logit', 'moving_answer_margin', 'negative_answer_loss']) AS scalar_name,
+  a.step, a.pair_id, a.margin_side,
+  unnest(['correct_value_logit', 'moving_answer_margin', 'negative_answer_loss']) AS scalar_name,
   unnest([a.a, a.a - list_max(a.c), a.p]) AS recomputed,
   unnest([o.answer_logit::DOUBLE, o.value_margin::DOUBLE, o.answer_log_prob::DOUBLE]) AS stored
 FROM run_answers AS a
 JOIN pair_sides AS p ON p.pair_id = a.pair_id AND p.record_side = a.margin_side
-JOIN readouts AS o ON o.run = $run AND o.probe = p.side_probe AND o.event = p.side_event AND o.step = a.step AND o.stage = 'logits'
-WHERE a.intervention = '{CLEAN}'
+JOIN readouts AS o ON o.run = $run AND o.probe = p.side_probe AND o.event = p.side_event AND o.step = a.step
+WHERE o.stage = 'logits' AND a.intervention = '{CLEAN}'
 
 """
 
@@ -257,7 +258,8 @@ class EndpointReport(ScalarPairReport):
         super().check(results)
         worst = results.first(
             "SELECT *, abs(recomputed - stored) AS difference FROM recomputed "
-            "WHERE NOT abs(recomputed - stored) <= $scalar_value_tolerance ORDER BY difference DESC, step, pair_id, scalar_name",
+            "WHERE NOT abs(recomputed - stored) <= $scalar_value_tolerance "
+            "ORDER BY difference DESC, step, pair_id, scalar_name",
             scalar_value_tolerance=self.scalar_value_tolerance,
         )
         if worst is not None:
