@@ -103,7 +103,7 @@ class OVWriteProgressReport(PairOptions):
             "write_trajectory",
             "trajectory",
             "Whose write from the support grew, by what, and with the answer?",
-            about="means over all pairs of the first record side",
+            about="means over all pairs of the first record side; the heads whose attention × OV changed most, six at most",
             series="series",
             panel="panel",
             panel_titles={

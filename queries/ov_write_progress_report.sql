@@ -320,12 +320,14 @@ ORDER BY
     list_position($conditions, condition), write_delta_metric, output_delta_metric
 LIMIT $top_k_correlations
 
+-- The same heads in every panel.
 -- view: trajectory
 SELECT
     step, head_label AS series,
     unnest(['product', 'mass', 'ov_map']) AS panel,
     unnest([support_mass_ov_value_margin_mean, attention_support_mass_mean, ov_map_value_margin_mean]) AS value
 FROM primary_rows
+JOIN (SELECT head_label FROM heads ORDER BY abs(change) DESC, head_label LIMIT 6) AS shown USING (head_label)
 WHERE condition = $conditions[1]
 UNION ALL
 SELECT DISTINCT step, 'answer', 'answer', moving_answer_margin_mean FROM primary_rows
