@@ -13,7 +13,7 @@ _SPECS = """\
 SELECT unnest($spec) AS spec, unnest($spec_parameters)::JSON AS scalar_parameters
 """
 
-_INTERVALS = """\
+INTERVALS = """\
 -- Between neighbouring steps. The learning rate is that of the schedule at the source; a recorded step has its own.
 -- view: intervals
 WITH ends AS (
@@ -33,6 +33,17 @@ WHERE e.target_step IS NOT NULL
 ORDER BY e.source_step
 """
 
+LISTED_PAIRS = """\
+-- Pairs as the reports list them, in scan order.
+-- view: listed_pairs
+SELECT
+  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
+  clean_transfer_token, corrupted_transfer_token, mutation, row_number() OVER (
+    ORDER BY clean_event, list_position($pair_type, pair_type)
+  ) AS scan_order
+FROM chosen_pairs
+"""
+
 _CELLS = """\
 -- Pairs that are averaged together. What is stored names a split or a type only where there are several.
 -- view: cells
@@ -50,15 +61,6 @@ WHERE EXISTS (
   WHERE s.split IN ('__all__', p.split) AND t.pair_type IN ('__all__', p.pair_type)
 )
 ORDER BY ALL
-
--- Pairs as the reports list them, in scan order.
--- view: listed_pairs
-SELECT
-  pair_id, pair_type, split, source_sample_id, source_query_index, clean_answer_value, corrupted_answer_value,
-  clean_transfer_token, corrupted_transfer_token, mutation, row_number() OVER (
-    ORDER BY clean_event, list_position($pair_type, pair_type)
-  ) AS scan_order
-FROM chosen_pairs
 
 -- view: cell_pairs
 SELECT c.split, c.pair_type, p.pair_id
@@ -335,4 +337,6 @@ _CONTRIBUTED = ",\n  ".join(
     + ["fsum(a.gradient_squared) AS gradient_squared"]
     + [f"fsum(u.{name}_squared) AS {name}_squared" for name in (*UPDATE_FIELDS, *UPDATE_SUMS)]
 )
-PRELUDE = "\n".join((_SPECS, _INTERVALS, _CELLS, _GROUPS.replace("@CONTRIBUTED@", _CONTRIBUTED), _METRICS))
+PRELUDE = "\n".join(
+    (_SPECS, INTERVALS, LISTED_PAIRS, _CELLS, _GROUPS.replace("@CONTRIBUTED@", _CONTRIBUTED), _METRICS)
+)

@@ -76,6 +76,31 @@ def parse_route(text: str) -> Route:
         raise ValueError(f"route {text!r}: {error}") from None
 
 
+def parse_routes(texts: Sequence[str]) -> tuple[Route, ...]:
+    """Several of them. Raises ValueError, also for two of one label or of one meaning."""
+    routes = tuple(parse_route(text) for text in texts)
+    labels: set[str] = set()
+    held: dict[str, str] = {}
+    for route in routes:
+        if route.label in labels:
+            raise ValueError(f"label {route.label!r} stands for two routes")
+        same = held.setdefault(str(route.parameters()), route.label)
+        if same != route.label:
+            raise ValueError(f"routes {same!r} and {route.label!r} are the same")
+        labels.add(route.label)
+    return routes
+
+
+def require_routes(lake: Lake, run: str, report: str, probe: str, routes: Sequence[Route]) -> None:
+    """Raises UnknownName for a stage, role or head that is not there, InvalidOption for a rank beyond a head's width."""
+    for route in routes:
+        require_stages(lake, run, route.stage)
+        require_roles(lake, run, probe, route.position_role)
+        if route.head is not None:
+            require_head(lake, run, route.head_layer or 0, route.head)
+            require_rank(lake, run, report, route.rank or 1)
+
+
 def make_route(values: Mapping[str, Any]) -> Route:
     """A route from the values of its keys; `head` may be a label such as L2H1. Raises ValueError."""
     layer, head = values.get("head_layer"), values.get("head")
@@ -131,8 +156,7 @@ CASE subspace_name
     WHEN 'embedding_value_identity' THEN greatest(d_model, num_values)
     ELSE d_model
   END"""
-# 2^-23 is float32's epsilon: what the weights were stored in.
-_VIEWS = f"""\
+ROUTE_LABELS = """\
 -- The routes.
 -- view: labels
 SELECT
@@ -152,7 +176,9 @@ FROM (
     unnest($spec) AS spec, unnest($spec_parameters)::JSON AS p, unnest($route_label) AS label,
     unnest($route_domain) AS domain, unnest(range(1, len($spec) + 1)) AS position
 )
-
+"""
+# 2^-23 is float32's epsilon: what the weights were stored in.
+ROUTE_BASES = f"""\
 -- What a basis was cut from, at the source; no row for a full residual.
 -- view: route_bases
 WITH sizes AS (
@@ -183,7 +209,10 @@ SELECT
   head_layer, head, head_label, CASE WHEN head IS NOT NULL THEN d_model // num_heads END AS head_dim
 FROM cut
 ORDER BY position, source_step
-
+"""
+_VIEWS = f"""\
+{ROUTE_LABELS}
+{ROUTE_BASES}
 -- By cell: means over pairs of the margins of the three runs, and of the scores' sizes and signs.
 -- view: route_cells
 SELECT
@@ -264,12 +293,7 @@ class RouteReport(AttributionReport):
     def require(self, lake: Lake, run: str) -> None:
         """Stages, roles and heads must be there, and ranks within a head's width."""
         super().require(lake, run)
-        for route in self.routes:
-            require_stages(lake, run, route.stage)
-            require_roles(lake, run, self.probe, route.position_role)
-            if route.head is not None:
-                require_head(lake, run, route.head_layer or 0, route.head)
-                require_rank(lake, run, self.report_name(), route.rank or 1)
+        require_routes(lake, run, self.report_name(), self.probe, self.routes)
 
 
 class SeveralRoutes(RouteReport):
@@ -284,22 +308,13 @@ class SeveralRoutes(RouteReport):
     @field_validator("route")
     @classmethod
     def _parsed(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
-        labels: set[str] = set()
-        held: dict[str, str] = {}
-        for text in texts:
-            route = parse_route(text)
-            if route.label in labels:
-                raise ValueError(f"label {route.label!r} stands for two routes")
-            same = held.setdefault(str(route.parameters()), route.label)
-            if same != route.label:
-                raise ValueError(f"routes {same!r} and {route.label!r} are the same")
-            labels.add(route.label)
+        parse_routes(texts)
         return texts
 
     @property
     def routes(self) -> tuple[Route, ...]:
         """Those of `--route`."""
-        return tuple(parse_route(text) for text in self.route)
+        return parse_routes(self.route)
 
 
 def last_bases(results: Results) -> list[dict[str, Any]]:

@@ -137,8 +137,8 @@ def fit_closure(
             + (", the intercept among them" if fit_intercept else "")
             + "; take fewer features, more pairs or more steps"
         )
-    solved: NDArray[np.float64]
-    solved, _, rank, _ = np.linalg.lstsq(design, response, rcond=None)
+    found, _, rank, _ = np.linalg.lstsq(design, response, rcond=None)
+    solved = found.astype(np.float64, copy=False)
     return ClosureFit(
         labels=labels,
         fit_intercept=fit_intercept,
