@@ -46,8 +46,8 @@ SCALAR_VALUES: Mapping[ScalarName, str] = {
     "target_best_wrong_logit": "c[t]",
     "negative_answer_loss": "p",
 }
-_NAMES = ", ".join(f"'{name}'" for name in SCALAR_VALUES)
-_VALUES = ", ".join(SCALAR_VALUES.values())
+SCALAR_NAMES_SQL = ", ".join(f"'{name}'" for name in SCALAR_VALUES)
+SCALAR_VALUES_SQL = ", ".join(SCALAR_VALUES.values())
 
 _PRELUDE = f"""\
 -- What the records of pairs answer, run by run.
@@ -89,7 +89,7 @@ SELECT
   *, kind AS endpoint_kind,
   CASE kind WHEN 'source' THEN source_step ELSE target_step END AS step,
   CASE kind WHEN 'source' THEN s ELSE t END AS own
-FROM scalar_pairs, (SELECT unnest(['source', 'target']) AS kind)
+FROM scalar_pairs, (SELECT unnest($endpoint_kinds) AS kind)
 
 -- Every asked scalar of every run at both ends of an interval.
 -- view: endpoint_values
@@ -97,30 +97,9 @@ SELECT * FROM (
   SELECT
     e.source_step, e.target_step, e.pair_id, e.margin_side, e.split, e.pair_type, e.endpoint_kind, e.step, e.answer_token,
     e.source_wrong, e.target_wrong, e.competitor_switched, r.intervention,
-    unnest([{_NAMES}]) AS scalar_name, unnest([{_VALUES}]) AS value
+    unnest([{SCALAR_NAMES_SQL}]) AS scalar_name, unnest([{SCALAR_VALUES_SQL}]) AS value
   FROM endpoints AS e
   JOIN run_answers AS r USING (step, pair_id, margin_side)
-) WHERE list_contains($scalar, scalar_name)
-
-"""
-_DLA_PRELUDE = f"""\
--- What each component adds to a scalar, to first order, in every run at both ends of an interval.
--- view: endpoint_dlas
-SELECT * FROM (
-  SELECT
-    e.source_step, e.target_step, e.pair_id, e.margin_side, e.split, e.pair_type, e.endpoint_kind, e.step,
-    e.competitor_switched, r.intervention, r.component, unnest([{_NAMES}]) AS scalar_name, unnest([{_VALUES}]) AS dla
-  FROM endpoints AS e
-  JOIN (
-    SELECT
-      p.record_side AS margin_side, p.pair_id, r.step, r.intervention, r.component,
-      r.answer_dla::DOUBLE AS a, r.competitor_dla::DOUBLE[] AS c, r.log_prob_dla::DOUBLE AS p
-    FROM intervention_components AS r
-    JOIN pair_sides AS p ON p.side_probe = r.probe AND p.side_event = r.event
-    WHERE
-      r.run = $run AND list_contains($answer_spec, r.spec) AND list_contains($steps, r.step)
-      AND NOT contains(r.component, 'bias')
-  ) AS r USING (step, pair_id, margin_side)
 ) WHERE list_contains($scalar, scalar_name)
 
 """
@@ -173,31 +152,45 @@ class ScalarPairReport(PairReport):
         return ()
 
     def with_components(self) -> bool:
-        """Whether the components' contributions are needed."""
+        """Whether the components' contributions are needed, in every run."""
         return False
 
-    def answer_parameters(self) -> list[dict[str, Any]]:
+    def endpoint_kinds(self) -> tuple[EndpointKind, ...]:
+        """Ends of an interval that view `endpoints` has."""
+        return ("source", "target")
+
+    def run_parameters(
+        self, interventions: Sequence[Mapping[str, Any]], components: bool
+    ) -> list[dict[str, Any]]:
         """Parameters of dataset interventions, one for each record side."""
         return [
             intervention_parameters(
-                self.interventions(),
+                interventions,
                 probe=self.probe,
                 record_side=side,
                 pair_type=self.pair_type,
                 split=self.split,
                 max_pairs_per_type=self.max_pairs_per_type,
-                components=self.with_components(),
+                components=components,
             )
             for side in self.margin_side
         ]
+
+    def answer_parameters(self) -> list[dict[str, Any]]:
+        """Of the runs whose answers are compared."""
+        return self.run_parameters(self.interventions(), self.with_components())
 
     def needs(self) -> tuple[Need, ...]:
         """The runs."""
         return tuple(Need(INTERVENTIONS, of) for of in self.answer_parameters())
 
     def parameters(self) -> dict[str, Any]:
-        """Adds the specs of the runs."""
-        return {**super().parameters(), "answer_spec": [spec_id(of) for of in self.answer_parameters()]}
+        """Adds the specs of the runs, and the ends that are looked at."""
+        return {
+            **super().parameters(),
+            "answer_spec": [spec_id(of) for of in self.answer_parameters()],
+            "endpoint_kinds": list(self.endpoint_kinds()),
+        }
 
     @classmethod
     def more_views(cls) -> str:
@@ -220,29 +213,12 @@ class ScalarPairReport(PairReport):
             )
 
 
-class EndpointReport(ScalarPairReport):
-    """Base of reports that change something in the run of an endpoint, or look into it, and compare scalars there.
+class CheckedScalarReport(ScalarPairReport):
+    """Base of those that hold the untouched run against the readouts. Their SQL has view `recomputed` too."""
 
-    Its SQL has view `recomputed` too, and `endpoint_dlas` where components are needed (`needs_components`).
-    """
-
-    needs_components: ClassVar[bool] = False
-
-    endpoint_role: tuple[EndpointKind, ...] = Field(
-        ("source", "target"), min_length=1, description="end of the interval that is looked at; default both"
-    )
     scalar_value_tolerance: float = Field(
         1e-4, ge=0, description="how far the untouched run may be from the readouts of the same record"
     )
-
-    @field_validator("endpoint_role")
-    @classmethod
-    def _each_end_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(values))
-
-    def with_components(self) -> bool:
-        """`needs_components`."""
-        return self.needs_components
 
     def needs(self) -> tuple[Need, ...]:
         """Adds the readouts that the untouched run is held against."""
@@ -250,8 +226,8 @@ class EndpointReport(ScalarPairReport):
 
     @classmethod
     def more_views(cls) -> str:
-        """The check, and the components."""
-        return _CHECK_PRELUDE + (_DLA_PRELUDE if cls.needs_components else "")
+        """The check."""
+        return super().more_views() + _CHECK_PRELUDE
 
     def check(self, results: Results) -> None:
         """The untouched run must be the one that the readouts are of. Raises ScalarMismatch naming the first pair."""
@@ -272,9 +248,27 @@ class EndpointReport(ScalarPairReport):
             )
 
 
+class EndpointReport(CheckedScalarReport):
+    """Base of reports that change something in the run of an endpoint, and compare scalars there."""
+
+    endpoint_role: tuple[EndpointKind, ...] = Field(
+        ("source", "target"), min_length=1, description="end of the interval that is looked at; default both"
+    )
+
+    @field_validator("endpoint_role")
+    @classmethod
+    def _each_end_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(values))
+
+    def endpoint_kinds(self) -> tuple[EndpointKind, ...]:
+        """`--endpoint-role`."""
+        return self.endpoint_role
+
+
 __all__ = [
     "BUCKETS",
     "SCALAR_VALUES",
+    "CheckedScalarReport",
     "EndpointKind",
     "EndpointReport",
     "ScalarMismatch",
