@@ -109,7 +109,7 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
         "context_only maps the context's coordinates, source_plus_context source and context together; its controls replace "
         "the source and keep each example's own context. source_plus_context_random_subspace has a map of its own; "
         f"{NOT_REFIT} sends random coordinates through the map that was fitted to the source's basis, as the reference "
-        "toolkit does, and says little. There is no key control with context.",
+        "toolkit does, and says little: it depends on the signs of singular vectors. There is no key control with context.",
         "random_subspace is drawn with torch's CPU generator, seed random_seed + 1009·step + 9176·rank, so that it is that "
         "of published numbers; value-code-transfer-map-report draws other directions.",
         "fixed_clean_competitor_margin keeps the clean run's best wrong value in every run, fixed_removed_competitor_margin "
@@ -129,7 +129,7 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
         (
             "How alike the target's directions are to those of the step before:",
             "SELECT step, spec, list_transform(list_zip(directions, lag(directions) OVER (PARTITION BY spec ORDER BY "
-            "step)), p -> round(abs_cosine(p[1], p[2]), 3)) AS cosines FROM value_code_bases WHERE run = $run AND "
+            "step)), lambda p: round(abs_cosine(p[1], p[2]), 3)) AS cosines FROM value_code_bases WHERE run = $run AND "
             "basis_role = 'target_value_identity' ORDER BY spec, step",
         ),
     )
