@@ -62,7 +62,7 @@ def run_clean(model: Model, examples: Examples, readings: Mapping[str, Reading],
     for name, reading in read.items():
         clean.vectors[name] /= torch.from_numpy(reading.places.counts)[:, None]
         if not clean.vectors[name].isfinite().all():
-            raise NonFiniteStates(f"{reading.stage} holds NaN or infinite values")
+            raise NonFiniteStates(f"{reading.stage} holds NaN or infinite values; leave it out with --steps")
     if pointwise:
         clean.edited = _edited_at_predictions(clean, examples)
     return clean
