@@ -103,7 +103,7 @@ def row_copies(
     """A section in each format: file names by key of the printed JSON, and what `Results.copy` writes them from.
 
     JSONL has sorted keys and null for NaN and infinity; CSV has the section's columns in order, an empty cell for
-    those, and JSON text for lists; Parquet keeps the columns as they are.
+    those, and JSON text for lists and maps; Parquet keeps the columns as they are.
     """
     written: dict[str, str] = {}
     copies = []
@@ -128,7 +128,9 @@ def _plain_select(results: Results, section: str, form: str) -> str:
     parts = []
     for name in names:
         value = _finite(f'"{name}"', columns[name])
-        nested = form == "csv" and (columns[name].endswith("[]") or columns[name].startswith("STRUCT"))
+        nested = form == "csv" and (
+            columns[name].endswith("[]") or columns[name].startswith(("STRUCT", "MAP"))
+        )
         parts.append(f'{f"to_json({value})" if nested else value} AS "{name}"')
     return f"(SELECT {', '.join(parts)} FROM {section})"
 

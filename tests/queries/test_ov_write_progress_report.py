@@ -1,5 +1,6 @@
 """Every row set against a float64 head computed anew under each condition, and what the report says and refuses."""
 
+import csv
 import json
 import shutil
 from collections import defaultdict
@@ -412,6 +413,15 @@ def test_printed_keys_are_the_contracts(lake, tmp_path):
     assert Path(printed["report"]).name == "ov_write_progress_report.json"
     first = json.loads(Path(printed["pair_rows"]).read_text().splitlines()[0])
     assert len(first["value_logits_by_token_id"]) > 10
+
+
+def test_a_map_is_json_text_in_csv(lake, tmp_path):
+    asked = report(record_side=("clean",), steps="0,150")
+    printed = run_report(lake, asked, tmp_path / "out", chart_formats=[], rows_format=["csv", "jsonl"])
+    with Path(printed["pair_csv"]).open(newline="") as file:
+        cells = [json.loads(row["value_logits_by_token_id"]) for row in csv.DictReader(file)]
+    lines = Path(printed["pair_rows"]).read_text().splitlines()
+    assert cells == [json.loads(line)["value_logits_by_token_id"] for line in lines]
 
 
 def test_the_first_record_side_is_primary(lake, tmp_path):
