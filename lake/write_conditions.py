@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .datasets import DEFAULT_PROBE, _pairs
+from .datasets import DEFAULT_PROBE, select
 
 WRITE_CONDITIONS = "write_conditions"
 
@@ -28,7 +28,8 @@ def write_condition_parameters(
 ) -> dict[str, Any]:
     """Parameters of dataset write_conditions: three roles, the record that is measured, the pairs; it has every head."""
     return {
-        **_pairs(probe, pair_type, split, max_pairs_per_type),
+        "probe": probe,
+        **select(pair_type, split, max_pairs_per_type),
         "record_side": record_side,
         **{name: roles[name] for name in ("score_query_role", "support_key_role", "distractor_key_role")},
     }
