@@ -15,9 +15,11 @@ import torch
 from ..engine.forward import Model
 from ..engine.interventions import (
     Answers,
+    Bases,
     Engine,
     Intervention,
     InterventionError,
+    StageEdit,
     part_names,
     read_answers,
     read_interventions,
@@ -50,7 +52,7 @@ class _Batch:
 
 
 class InterventionsExtractor(dataset.Extractor):
-    """Tables intervention_runs and, if components are asked for, intervention_components."""
+    """Tables intervention_runs, intervention_subspaces and, if components are asked for, intervention_components."""
 
     name = INTERVENTIONS
     version = 2
@@ -110,23 +112,33 @@ class InterventionsExtractor(dataset.Extractor):
         model = context.adapter().load_model(state.weights, context.device)
         batches = self._batches(context, model)
         interventions = zero_each(model) if self.interventions is None else list(self.interventions)
-        classes = _token_classes(context, self.probe)
-        run = partial(self._run, model, interventions, classes)
+        bases = Bases(model, _token_classes(context, self.probe))
+        for of in interventions:
+            of.check(model)
+        # Cut here, before threads share them.
+        subspaces = self._subspaces(
+            state.step, side_probe(self.probe, self.record_side), interventions, bases
+        )
+        run = partial(self._run, model, interventions, bases)
         answers = Answers.join(_side_by_side(run, batches, context.device))
         data = probe_of(context, side_probe(self.probe, self.record_side))
         events = np.concatenate([batch.events for batch in batches])
         self._write(writer, state.step, data, events, answers, part_names(model))
+        if subspaces:
+            writer.rows("intervention_subspaces", subspaces)
 
     @torch.no_grad()
     def _run(
         self,
         model: Model,
         interventions: Sequence[Intervention],
-        classes: Mapping[str, torch.Tensor],
+        bases: Bases,
         batch: _Batch,
     ) -> Answers:
         union = self.query_mode == "batch_union"
-        engine = Engine(model, batch.records, batch.counterpart, classes, union=union, parts=self.components)
+        engine = Engine(
+            model, batch.records, batch.counterpart, bases=bases, union=union, parts=self.components
+        )
         return read_answers(model, engine.run(interventions), batch.records.choices)
 
     def _batches(self, context: dataset.Context, model: Model) -> list[_Batch]:
@@ -154,6 +166,34 @@ class InterventionsExtractor(dataset.Extractor):
                 )
             self._made = (context, made)
         return self._made[1]
+
+    def _subspaces(
+        self, step: int, probe: str, interventions: Sequence[Intervention], bases: Bases
+    ) -> list[dict[str, Any]]:
+        """Rows of intervention_subspaces. Raises SubspaceError for a rank that there is not."""
+        spec = spec_id(dict(self.parameters()))
+        rows = []
+        for of in interventions:
+            for place, edit in enumerate(of.edits):
+                found = bases.subspace(edit) if isinstance(edit, StageEdit) else None
+                if found is None or not isinstance(edit, StageEdit):
+                    continue
+                rows.append(
+                    {
+                        "probe": probe,
+                        "spec": spec,
+                        "step": step,
+                        "intervention": of.name,
+                        "edit": place,
+                        "subspace": edit.subspace,
+                        "rank": edit.rank,
+                        "head": edit.head,
+                        "seed": edit.seed,
+                        "available_rank": found.available_rank,
+                        "singular_values": found.singular_values.tolist() or None,
+                    }
+                )
+        return rows
 
     def _write(
         self,

@@ -47,6 +47,24 @@ TABLES = (
         log_prob_dla | FLOAT | of the answer's log-probability over the whole vocabulary
         """,
     ),
+    table(
+        "intervention_subspaces",
+        "probe spec step intervention edit",
+        "one row per edit of a residual stage within a subspace: what its basis was cut from, at that step's weights",
+        """
+        probe | VARCHAR | probe
+        spec | VARCHAR | 12-hex identity of the interventions
+        step | BIGINT | step
+        intervention | VARCHAR | name
+        edit | INTEGER | place among the intervention's edits, from 0
+        subspace | VARCHAR | its name, as in the specification; or random
+        rank | INTEGER | directions of the basis
+        head | VARCHAR | label such as L2H1; null for a subspace of no head
+        seed | BIGINT | what a random subspace was drawn from; null for others
+        available_rank | INTEGER | numerical rank of what it was cut from; of a random one, the width of the residual stream
+        singular_values | DOUBLE[] | every singular value of what it was cut from, largest first; null for a random one
+        """,
+    ),
 )
 
 # Each scalar of a run beside that of the untouched one.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..forward import Attended, Model
 from ..scalars import Records
-from ..subspaces import FULL_RESIDUAL, cut_subspace
+from ..subspaces import FULL_RESIDUAL, Subspace, cut_subspace
 from .clean import Clean
 from .spec import (
     RANDOM_SUBSPACE,
@@ -32,37 +32,45 @@ from .spec import (
 
 
 class Bases:
-    """Orthonormal bases of a model's subspaces, each made once."""
+    """Subspaces of a model's residual stream that interventions edit, each cut once."""
 
     def __init__(self, model: Model, token_classes: Mapping[str, Tensor]) -> None:
         self._model, self._classes = model, token_classes
-        self._held: dict[tuple[str, int | None, str | None, int | None], Tensor | None] = {}
+        self._held: dict[tuple[str, int | None, str | None, int | None], tuple[Subspace, Tensor] | None] = {}
 
     def of(self, edit: StageEdit) -> Tensor | None:
-        """`Float[d_model, rank]`; None for the full residual. Raises SubspaceError."""
+        """`Float[d_model, rank]`, as the model's weights; None for the full residual. Raises SubspaceError."""
+        found = self._cut(edit)
+        return None if found is None else found[1]
+
+    def subspace(self, edit: StageEdit) -> Subspace | None:
+        """What the basis was cut from; None for the full residual. A random one has no spectrum."""
+        found = self._cut(edit)
+        return None if found is None else found[0]
+
+    def _cut(self, edit: StageEdit) -> tuple[Subspace, Tensor] | None:
         key = (edit.subspace, edit.rank, edit.head, edit.seed)
         if key not in self._held:
-            self._held[key] = self._make(edit)
+            found = self._make(edit)
+            self._held[key] = None if found is None else (found, found.basis.to(self._model.unembedding))
         return self._held[key]
 
-    def _make(self, edit: StageEdit) -> Tensor | None:
+    def _make(self, edit: StageEdit) -> Subspace | None:
         if edit.subspace == FULL_RESIDUAL or edit.rank is None:
             return None
         if edit.subspace == RANDOM_SUBSPACE:
+            width = self._model.d_model
             drawn = torch.Generator().manual_seed(edit.seed or 0)
-            normal = torch.randn(self._model.d_model, edit.rank, generator=drawn, dtype=torch.float64)
-            drawn_basis: Tensor = torch.linalg.qr(normal).Q.to(self._model.unembedding)
-            return drawn_basis
+            normal = torch.randn(width, edit.rank, generator=drawn, dtype=torch.float64)
+            return Subspace(torch.linalg.qr(normal).Q, normal.new_empty(0), width)
         head = None if edit.head is None else component_of(edit.head)
-        found = cut_subspace(
+        return cut_subspace(
             edit.subspace,
             self._model,
             edit.rank,
             head=None if head is None else (head.layer, head.index),
             token_classes=self._classes,
         )
-        basis: Tensor = found.basis.to(self._model.unembedding)
-        return basis
 
 
 @dataclass
@@ -72,6 +80,8 @@ class Stack:
     interventions: Sequence[Intervention]
     apart: bool
     """Whether a row is an event, not a record."""
+    union: bool
+    """Whether what is edited for one event of a record is edited for all of them."""
     records: Records
     changed: Tensor
     """`Bool[run, row]`, then `Bool[run, event]`: rows that may differ from the untouched run."""
@@ -79,11 +89,13 @@ class Stack:
     """Whether the last attention is done."""
 
     @classmethod
-    def of(cls, interventions: Sequence[Intervention], apart: bool, records: Records, ended: bool) -> Stack:
+    def of(
+        cls, interventions: Sequence[Intervention], apart: bool, union: bool, records: Records, ended: bool
+    ) -> Stack:
         """A stack in which nothing has changed yet."""
         rows = len(records.row) if apart or ended else len(records.distinct)
         changed = torch.zeros(len(interventions), rows, dtype=torch.bool, device=records.row.device)
-        return cls(interventions, apart, records, changed, ended)
+        return cls(interventions, apart, union, records, changed, ended)
 
     @property
     def row(self) -> Tensor:
@@ -144,10 +156,11 @@ def edit_heads(
         if isinstance(edit, Zero):
             of.zero_()
         elif isinstance(edit, Restore):
-            untouched = stack.rows_of(clean.mixed)
+            untouched = clean.mixed.select(-2, component.index)
             if stack.ended:
-                untouched = untouched[stack.row, stack.records.prediction]
-            of.copy_(untouched.select(-2, component.index))
+                of.copy_(untouched[stack.records.row, stack.records.prediction])
+            else:
+                of.copy_(stack.rows_of(untouched))
             continue
         elif isinstance(edit, Attend | ShuffleValues):
             heads = [
@@ -239,25 +252,23 @@ def edit_stage(
 ) -> Tensor:
     """A residual stage, `Float[run, row, position, d_model]` or `Float[run, event, d_model]`, with its edits.
 
-    `untouched` is that of the untouched run, without the first axis.
+    `h` is overwritten; `untouched` is that of the untouched run, without the first axis.
     """
     edits = [(run, edit) for run, _, edit in stack.edits(stage, model) if isinstance(edit, StageEdit)]
-    if not edits:
-        return h
-    h = h.clone()
     for run, edit in edits:
-        before = h[run].clone()
         basis = bases.of(edit)
         if edit.source == "counterpart":
             places, source = _from_counterpart(stack, edit, other)
         else:
             places = _places(stack, edit)
             source = untouched[places]
-        z = before[places]
-        h[run][places] = _operate(edit, z, source, basis)
-        stack.note(run, before, h[run])
-        # What was put back as it was is the untouched run again.
-        stack.changed[run] &= (h[run] != untouched).flatten(1).any(1)
+        z = h[run][places]
+        edited = _operate(edit, z, source, basis)
+        h[run][places] = edited
+        stack.changed[run, places[0][(edited != z).any(-1)]] = True
+        if edit.operation == "patch":
+            # What was put back as it was is the untouched run again.
+            stack.changed[run] &= (h[run] != untouched).flatten(1).any(1)
     return h
 
 
@@ -273,17 +284,18 @@ def _operate(edit: StageEdit, z: Tensor, source: Tensor, basis: Tensor | None) -
 
 def _places(stack: Stack, edit: StageEdit) -> tuple[Tensor, ...]:
     """Index of the places that are edited: (row, position), or (event,) once the last attention is done."""
-    records, row = stack.records, stack.row
+    records = stack.records
+    events = torch.arange(len(records.row), device=records.row.device)
     if edit.position_role is None:
         held = torch.ones_like(records.tokens if stack.apart else records.distinct, dtype=torch.bool)
-        return (torch.arange(len(row), device=row.device),) if stack.ended else held.nonzero(as_tuple=True)
-    role = records.patch_positions(edit.position_role)
-    if stack.ended:
-        return (role[torch.arange(len(row), device=row.device), records.prediction].nonzero()[:, 0],)
-    event, position = role.nonzero(as_tuple=True)
-    held = torch.zeros_like(records.tokens if stack.apart else records.distinct, dtype=torch.bool)
-    held[row[event], position] = True
-    return held.nonzero(as_tuple=True)
+        return (events,) if stack.ended else held.nonzero(as_tuple=True)
+    held = records.patch_positions(edit.position_role)
+    if stack.union:
+        event, position = held.nonzero(as_tuple=True)
+        together = torch.zeros_like(records.distinct, dtype=torch.bool)
+        together[records.row[event], position] = True
+        held = together[records.row] if stack.ended else together
+    return (events[held[events, records.prediction]],) if stack.ended else held.nonzero(as_tuple=True)
 
 
 def _from_counterpart(

@@ -47,7 +47,8 @@ def part_names(model: Model) -> list[str]:
 class Engine:
     """Runs interventions on the records of some events. `counterpart` are the other records of their pairs.
 
-    `union`: the events of a record are edited together, in one run of the record; else each in a run of its own.
+    `union`: the events of a record are edited together, in one run of the record; else each in a run of its own. `bases`
+    that several engines share are cut once.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class Engine:
         counterpart: Records | None = None,
         token_classes: Mapping[str, Tensor] | None = None,
         *,
+        bases: Bases | None = None,
         union: bool = False,
         parts: bool = False,
     ) -> None:
         self._model, self._records, self._union, self._wants_parts = model, records, union, parts
-        self._bases = Bases(model, token_classes or {})
+        self._bases = bases or Bases(model, token_classes or {})
         self._counterpart = counterpart
         self._other: Counterpart | None = None
         self._clean = clean_run(model, records)
@@ -99,7 +101,9 @@ class Engine:
         for at, of in enumerate(interventions):
             start = self._start(of)
             if start is not None:
-                by_kind.setdefault((start, bool(of.roles) and not self._union), []).append(at)
+                # What the last attention reads is the same for all events of a record until something before it changes.
+                apart = bool(of.roles) and not self._union and start < self._last_attention
+                by_kind.setdefault((start, apart), []).append(at)
         records = self._records
         for (start, apart), held in sorted(by_kind.items()):
             ended = start > self._last_attention
@@ -107,7 +111,8 @@ class Engine:
             size = max(1, _TOKENS // (len(records.row) if ended else tokens.numel()))
             for first in range(0, len(held), size):
                 part = held[first : first + size]
-                yield part, start, Stack.of([interventions[at] for at in part], apart, records, ended)
+                chosen = [interventions[at] for at in part]
+                yield part, start, Stack.of(chosen, apart, self._union, records, ended)
 
     def _start(self, intervention: Intervention) -> int | None:
         """Place of the first stage that can differ; None where nothing does: what is put back changes nothing by itself."""
@@ -145,7 +150,8 @@ class Engine:
         """The stage after `h`, and the parts that were added to it, at the predictions."""
         model, stage = self._model, self._model.stages[index]
         if index == 0:
-            made = stack.repeat(stack.rows_of(self._clean.stages[0]))
+            # A copy per run, since edits write into a stage.
+            made = stack.repeat(stack.rows_of(self._clean.stages[0])).clone()
             return made, self._seen([made], stack)
         if index % 2 == 0:
             write = edit_mlp(stack, stage, model, index // 2 - 1, h, self._clean, first)
