@@ -104,11 +104,13 @@ class Records:
         if bool(after.any()):
             raise ScalarError(
                 f"Intervention positions must be in the causal prefix: role {role!r} lies after the prediction in "
-                f"{int(after.any(-1).sum())} of {len(held)} pairs"
+                f"{int(after.any(-1).sum())} of {len(held)} query events"
             )
         if bool((~held.any(-1)).any()):
             missing = int((~held.any(-1)).sum())
-            raise ScalarError(f"role {role!r} has no position to patch in {missing} of {len(held)} pairs")
+            raise ScalarError(
+                f"role {role!r} has no position to patch in {missing} of {len(held)} query events"
+            )
         return held
 
     def _role(self, role: str) -> Tensor:
