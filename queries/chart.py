@@ -121,3 +121,15 @@ class Bars(Chart):
     panel: str | None = None
     color: str | None = None
     rows: int = 24
+
+
+@dataclass(frozen=True)
+class Histogram(Chart):
+    """Bars over bins of a number from `start` to `end`, one translucent colour per `series`, laid over each other."""
+
+    y: str = "count"
+    y_title: str = ""
+    x_title: str = ""
+    series: str = "series"
+    start: str = "start"
+    end: str = "end"

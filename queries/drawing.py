@@ -20,9 +20,9 @@ from altair.utils.schemapi import debug_mode
 
 from ..lake.steps import summarize_steps
 from . import theme
-from .chart import Bars, Chart, Grid, Heatmap, Scatter, StackedBars, Trajectory
+from .chart import Bars, Chart, Grid, Heatmap, Histogram, Scatter, StackedBars, Trajectory
 from .chart_data import HIGHLIGHTED, Lines, stacked, thin_cells, trajectory_lines
-from .drawing_bars import bars
+from .drawing_bars import bars, histogram
 from .drawing_points import grid, scatter
 from .marks import Note, inline_rows, steps_axis
 
@@ -276,4 +276,5 @@ _BUILDERS: dict[type[Chart], Callable[[Any, pl.DataFrame, bool], tuple[Any, Note
     Scatter: scatter,
     Grid: grid,
     Bars: bars,
+    Histogram: histogram,
 }

@@ -1,4 +1,4 @@
-"""Drawing horizontal bars: a value per name, without a step axis."""
+"""Drawing bars without a step axis: horizontal ones, a value per name; and histograms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import altair as alt
 import polars as pl
 
 from . import theme
-from .chart import Bars
+from .chart import Bars, Histogram
 from .marks import Note, inline_rows
 
 _ROW = 17
@@ -65,3 +65,39 @@ def _panel(chart: Bars, frame: pl.DataFrame, panel: Any, colours: list[Any]) -> 
         .properties(width=theme.WIDTH, height=int(max(40, _ROW * rows)))
     )
     return drawn
+
+
+def histogram(chart: Histogram, frame: pl.DataFrame, interactive: bool) -> tuple[Any, Note]:
+    """Bars from zero over bins; where series overlap, both are seen."""
+    names = frame[chart.series].unique(maintain_order=True).to_list()
+    kept = [chart.series, chart.start, chart.end, chart.y]
+    axis = alt.Axis(format=".3~g", tickCount=10)
+    drawn = (
+        alt.Chart(inline_rows(frame.select(kept).with_columns(pl.lit(0).alias("zero"))))
+        .mark_rect(opacity=0.55, stroke="white", strokeWidth=0.3)
+        .encode(
+            x=alt.X(
+                f"{chart.start}:Q", title=chart.x_title, axis=axis, scale=alt.Scale(zero=False, nice=False)
+            ),
+            x2=f"{chart.end}:Q",
+            y=alt.Y(f"{chart.y}:Q", title=chart.y_title, axis=alt.Axis(tickCount=6)),
+            y2="zero:Q",
+            color=alt.Color(
+                f"{chart.series}:N",
+                title=None,
+                sort=names,
+                scale=alt.Scale(domain=names, range=theme.colours(len(names))),
+                legend=alt.Legend(symbolLimit=0, orient="right", symbolType="square")
+                if len(names) > 1
+                else None,
+            ),
+            tooltip=[
+                alt.Tooltip(f"{chart.series}:N", title="series"),
+                alt.Tooltip(f"{chart.start}:Q", title="from", format=".4~g"),
+                alt.Tooltip(f"{chart.end}:Q", title="to", format=".4~g"),
+                alt.Tooltip(f"{chart.y}:Q", title=chart.y_title, format=".4~g"),
+            ],
+        )
+        .properties(width=theme.WIDTH, height=theme.HEIGHT)
+    )
+    return drawn, []
