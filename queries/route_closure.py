@@ -18,6 +18,8 @@ from .attribution_sql import INTERVALS, LISTED_PAIRS
 from .markdown import number
 from .pair_selection import PairReport, RecordSide
 from .probe_report import ProbeReport
+from .report import ReportFailed
+from .results import Results
 from .route_options import ROUTE_BASES, ROUTE_LABELS, Route, parse_routes, require_routes
 
 if TYPE_CHECKING:
@@ -103,6 +105,10 @@ FROM lake_observations AS o
 JOIN route_values AS v USING (source_step, target_step, pair_id)
 ORDER BY o.observation, label
 """
+
+
+class PairsChanged(ReportFailed):
+    """An interval does not have the pairs that were built, or a route not those of the others."""
 
 
 class RouteClosure(PairReport):
@@ -210,3 +216,21 @@ def doubtful(fits: list[dict[str, Any]], collinear: float = 30.0) -> list[str]:
                 f"columns, above {collinear:g}): coefficients trade off against each other, so read their sum, not each."
             )
     return lines
+
+
+def require_every_pair(results: Results, observations: int) -> None:
+    """Every interval must have every pair that enters, of every route."""
+    expected = results.first(
+        "SELECT (SELECT count(*) FROM intervals) AS intervals, (SELECT count(*) FROM entering_pairs) AS pairs, "
+        "(SELECT count(*) FROM labels) AS routes, (SELECT count(*) FROM route_values) AS held, "
+        "(SELECT count(*) FROM lake_features) AS entered"
+    )
+    assert expected is not None
+    wanted = expected["intervals"] * expected["pairs"]
+    if observations != wanted or not expected["held"] == expected["entered"] == wanted * expected["routes"]:
+        raise PairsChanged(
+            f"{results.report.report_name()}: pair ids change between intervals or routes: {expected['intervals']} "
+            f"intervals of {expected['pairs']} pairs and {expected['routes']} routes have {observations} margins and "
+            f"{expected['held']} scores ({expected['entered']} of pairs that enter), not {wanted} and "
+            f"{wanted * expected['routes']}"
+        )

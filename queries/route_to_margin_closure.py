@@ -11,19 +11,22 @@ from pydantic import Field, model_validator
 from .chart import Bars, Scatter, Trajectory
 from .markdown import number, percent
 from .pair_selection import RecordSide
-from .report import ReportFailed, RowFile, TextTable
+from .report import RowFile, TextTable
 from .results import Results
-from .route_closure import NOT_A_CAUSE, ROUTE_DESCRIPTION, RouteClosure, TargetScalar, doubtful
+from .route_closure import (
+    NOT_A_CAUSE,
+    ROUTE_DESCRIPTION,
+    RouteClosure,
+    TargetScalar,
+    doubtful,
+    require_every_pair,
+)
 from .route_options import last_bases
 
 if TYPE_CHECKING:
     from ..lake import Lake
 
 _STEM = "route_to_margin_closure"
-
-
-class PairsChanged(ReportFailed):
-    """An interval does not have the pairs that were built, or a route not those of the others."""
 
 
 class RouteToMarginClosure(RouteClosure):
@@ -145,9 +148,10 @@ class RouteToMarginClosure(RouteClosure):
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
         "route": (
-            "label=L1H1_qk_query,stage=layer_0_post_mlp,subspace=head_qk_query,rank=4,head=L1H1,position_role=query_key",
-            "label=L1H1_ov_input,stage=layer_0_post_mlp,subspace=head_ov_input,rank=4,head=L1H1,position_role=support_value",
-            "label=L1H1_ov_output,stage=layer_1_post_attn,subspace=head_ov_output,rank=4,head=L1H1,position_role=prediction",
+            "label=L1H1_qk_query,stage=layer_0_post_mlp,subspace=head_qk_query,rank=8,head=L1H1,position_role=query_key",
+            "label=L1H1_ov_input,stage=layer_0_post_mlp,subspace=head_ov_input,rank=8,head=L1H1,position_role=support_value",
+            "label=L1H1_ov_output,stage=layer_1_post_attn,subspace=head_ov_output,rank=8,head=L1H1,position_role=prediction",
+            "label=full_layer1,stage=layer_1_post_attn,subspace=full_residual,position_role=prediction",
         ),
         "route_pair_type": "__all__",
         "pair_type": ("query_key", "support_value"),
@@ -171,7 +175,7 @@ class RouteToMarginClosure(RouteClosure):
         from .arrays.closures import fit_columns, read_design
 
         held = results.arrow("FROM lake_observations ORDER BY observation")
-        _require_all(results, held.num_rows)
+        require_every_pair(results, held.num_rows)
         design = read_design(results.arrow("FROM lake_features"), held.num_rows, self.report_name())
         actual = held["actual_margin_delta"].to_numpy()
         fit = design.fit(actual, fit_intercept=self.fit_intercept, what=self.report_name())
@@ -255,21 +259,3 @@ def _carriers(rows: list[dict[str, Any]], intercept: float) -> str:
     more = f" and {len(rows) - 4} smaller ones" if len(rows) > 4 else ""
     constant = f"; the constant {number(intercept, 3)}" if intercept else ""
     return f"Of the mean change they carry, in logits: {', '.join(listed)}{more}{constant}."
-
-
-def _require_all(results: Results, observations: int) -> None:
-    """Every interval must have every pair that enters, of every route."""
-    expected = results.first(
-        "SELECT (SELECT count(*) FROM intervals) AS intervals, (SELECT count(*) FROM entering_pairs) AS pairs, "
-        "(SELECT count(*) FROM labels) AS routes, (SELECT count(*) FROM route_values) AS held, "
-        "(SELECT count(*) FROM lake_features) AS entered"
-    )
-    assert expected is not None
-    wanted = expected["intervals"] * expected["pairs"]
-    if observations != wanted or not expected["held"] == expected["entered"] == wanted * expected["routes"]:
-        raise PairsChanged(
-            f"{results.report.report_name()}: pair ids change between intervals or routes: {expected['intervals']} "
-            f"intervals of {expected['pairs']} pairs and {expected['routes']} routes have {observations} margins and "
-            f"{expected['held']} scores ({expected['entered']} of pairs that enter), not {wanted} and "
-            f"{wanted * expected['routes']}"
-        )

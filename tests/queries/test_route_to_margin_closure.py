@@ -16,8 +16,7 @@ from lakebed.lake.names import spec_id
 from lakebed.queries.arrays.least_squares import Underdetermined
 from lakebed.queries.pair_selection import TooFewPairs
 from lakebed.queries.report import InvalidOption
-from lakebed.queries.route_closure import doubtful
-from lakebed.queries.route_to_margin_closure import PairsChanged
+from lakebed.queries.route_closure import PairsChanged, doubtful
 from lakebed.queries.run import run_report
 
 from tests.route_lake import RUN
