@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 from ..lake.datasets import INTERVENTIONS, Need
 from ..lake.names import spec_id
 from .component_options import require_components
-from .scalar_pairs import SCALAR_NAMES_SQL, SCALAR_VALUES_SQL, CheckedScalarReport
+from .scalar_pairs import SCALAR_NAMES_SQL, SCALAR_VALUES_SQL, CheckedScalarReport, ScalarName
 
 if TYPE_CHECKING:
     from ..lake import Lake
 
+# Of reports that change something: those whose competitor is the same in every run and at both ends.
+CAUSAL_SCALARS: tuple[ScalarName, ...] = (
+    "negative_answer_loss",
+    "correct_value_logit",
+    "fixed_source_competitor_margin",
+    "fixed_target_competitor_margin",
+)
 # LayerNorm does not see the length of its input: ⟨h, ∂s/∂h⟩ is 0 but for its ε.
 DLA_IS_NO_SHARE = (
     "DLA is a first-order sensitivity, no share of the scalar: the final LayerNorm does not see the length of its input, so "
@@ -84,4 +91,4 @@ class ComponentDLAReport(CheckedScalarReport):
         require_components(lake, run, self.components())
 
 
-__all__ = ["DLA_IS_NO_SHARE", "ComponentDLAReport"]
+__all__ = ["CAUSAL_SCALARS", "DLA_IS_NO_SHARE", "ComponentDLAReport"]

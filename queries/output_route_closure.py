@@ -13,7 +13,7 @@ from .component_dlas import DLA_IS_NO_SHARE, ComponentDLAReport
 from .component_options import read_components
 from .markdown import number
 from .report import ReportFailed, RowFile, TextTable
-from .scalar_pairs import BUCKETS, SwitchBucket
+from .scalar_pairs import BUCKETS, SCALAR_VALUES, SwitchBucket
 
 if TYPE_CHECKING:
     from ..lake import Lake
@@ -88,12 +88,13 @@ class OutputRouteClosure(ComponentDLAReport):
             "scatter_chart",
             "How much of the scalar's change do components account for?",
             about="a point is a pair over an interval; on the dashed line the fit is right",
-            x="x",
-            x_title="predicted change",
-            y_title="actual change",
             color="competitor",
             color_title="best wrong token",
             panel="panel",
+            panel_titles={
+                name.replace("_", " "): ("predicted change", f"change of {name.replace('_', ' ')}")
+                for name in SCALAR_VALUES
+            },
             highlight=0,
             diagonal=True,
         ),
@@ -206,7 +207,7 @@ class OutputRouteClosure(ComponentDLAReport):
                     continue
                 what = f"{self.report_name()}: {scalar} in bucket {bucket}"
                 fit = design.fit(deltas[rows], fit_intercept=self.fit_intercept, what=what, rows=rows)
-                yield {"scalar_name": scalar, "switch_bucket": bucket}, fit, rows
+                yield {"scalar_name": scalar, "switch_bucket": bucket, "lake_id": results.lake.id}, fit, rows
 
     def _fits_into(self, bucket: SwitchBucket, rows: int, features: int) -> bool:
         """Whether a bucket is fitted: one that nobody asked for is left out if it is too small. Raises EmptyBucket."""

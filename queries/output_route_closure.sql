@@ -62,7 +62,8 @@ ORDER BY c.observation, k.endpoint_kind
 SELECT
   scalar_name, switch_bucket, unnest(labels) AS component, unnest(coefficients) AS coefficient,
   unnest(means) AS mean_component_delta, unnest(contributions) AS mean_contribution, fit_intercept, num_observations,
-  matrix_rank, num_parameters, rank_deficient, condition_number, r_squared, mean_abs_residual
+  matrix_rank, num_parameters, rank_deficient, condition_number, r_squared, mean_abs_residual, lake_id, $run AS run,
+  $probe AS probe
 FROM fits
 ORDER BY list_position($scalar, scalar_name), list_position($switch_bucket, switch_bucket), component
 
