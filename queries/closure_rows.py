@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from .pair_selection import PairType
 from .probe_report import ProbeReport
 from .report import ReportFailed, option_name
 from .results import Results
-from .route_closure import RouteClosure, require_every_pair
+from .route_closure import RouteClosure, RouteOptions, require_every_pair
 
 if TYPE_CHECKING:
     from ..lake import Lake
@@ -63,20 +63,65 @@ class ForeignClosureRows(ReportFailed):
     """Closure rows of another lake, run or probe."""
 
 
-class ClosureRowsOptions(RouteClosure):
-    """Base of reports on closure rows, from a file or from the lake."""
+class UnknownRouteLabel(ReportFailed):
+    """A route that is asked for and that the closure rows do not have."""
+
+
+class ClosureOrigin(RouteOptions):
+    """Where closures of routes come from: a file of rows, or the lake by `--route`."""
 
     route_closure_rows: str | None = Field(
         None, description="rows that route-to-margin-closure wrote, JSONL or Parquet; instead of --route"
     )
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> ClosureOrigin:
+        if self.from_file == bool(self.route):
+            raise ValueError("--route-closure-rows or --route is required, and not both")
+        return self
+
+    @property
+    def from_file(self) -> bool:
+        """Whether the rows are those of a file."""
+        return self.route_closure_rows is not None
+
+    def keeps(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of a file passes the filters."""
+        return True
+
+    def file_rows(self, results: Results) -> list[dict[str, Any]]:
+        """Rows of the file that pass the filters. Raises NoClosureRows, and what `read_closure_rows` raises."""
+        path = Path(self.route_closure_rows or "")
+        rows = list(read_closure_rows(path, results.lake.id, results.run, self.probe))
+        kept = [row for row in rows if self.keeps(row)]
+        if not kept:
+            what = "is empty" if not rows else f"has {len(rows)} rows, and the filters leave none of them"
+            raise NoClosureRows(f"{self.report_name()}: --route-closure-rows {path} {what}")
+        return kept
+
+    def require_labels(self, wanted: Sequence[str], held: Iterable[str], what: str) -> None:
+        """Raises UnknownRouteLabel, listing the labels there are; `what` wants them."""
+        there = set(held)
+        for label in wanted:
+            if label not in there:
+                raise UnknownRouteLabel(
+                    f"{self.report_name()}: {what} has a route {label!r}; there are {', '.join(sorted(there))}"
+                )
+
+    def facts(self, lake: Lake, results: Results) -> dict[str, Any]:
+        """Where the rows come from."""
+        return {**super().facts(lake, results), "route_closure_rows_path": self.route_closure_rows}
+
+
+class ClosureRowsOptions(ClosureOrigin, RouteClosure):
+    """Base of reports on closure rows as they are."""
+
     pair_type: tuple[PairType, ...] = Field(
         (), description="type of causal patch pair; rows of a file that are of others are left out"
     )
 
     @model_validator(mode="after")
-    def _has_one_origin(self) -> ClosureRowsOptions:
-        if (self.route_closure_rows is None) == (not self.route):
-            raise ValueError("--route-closure-rows or --route is required, and not both")
+    def _selects_pairs(self) -> ClosureRowsOptions:
         if self.from_file:
             given = [option_name(name) for name in _OF_LAKE if name in self.model_fields_set]
             if given:
@@ -88,11 +133,6 @@ class ClosureRowsOptions(RouteClosure):
         else:
             self.require_route_pair_type()
         return self
-
-    @property
-    def from_file(self) -> bool:
-        """Whether the rows are those of a file."""
-        return self.route_closure_rows is not None
 
     def keeps(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of a file passes the filters."""
@@ -119,8 +159,9 @@ class ClosureRowsOptions(RouteClosure):
 
     def facts(self, lake: Lake, results: Results) -> dict[str, Any]:
         """Where the rows come from, and how their pairs were built if that is known."""
-        path = self.route_closure_rows
-        return {"route_closure_rows_path": path} if self.from_file else super().facts(lake, results)
+        if self.from_file:
+            return {"route_closure_rows_path": self.route_closure_rows}
+        return super().facts(lake, results)
 
     def arrays(self, name: str, results: Results) -> Mapping[str, Any]:
         """Section `closures`."""
@@ -133,13 +174,7 @@ class ClosureRowsOptions(RouteClosure):
             )
             require_every_pair(results, held.num_rows)
             return dict(zip(held.column_names, held.columns, strict=True))
-        path = Path(self.route_closure_rows or "")
-        rows = list(read_closure_rows(path, results.lake.id, results.run, self.probe))
-        kept = [row for row in rows if self.keeps(row)]
-        if not kept:
-            what = "is empty" if not rows else f"has {len(rows)} rows, and the filters leave none of them"
-            raise NoClosureRows(f"{self.report_name()}: --route-closure-rows {path} {what}")
-        return _columns(kept)
+        return _columns(self.file_rows(results))
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -233,7 +268,8 @@ def parse_families(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Routes by family label, from `label=…,route=…,route=…`. Raises ValueError, saying what is wrong."""
     families: dict[str, tuple[str, ...]] = {}
     for text in texts:
-        labels, routes = [], []
+        labels: list[str] = []
+        routes: list[str] = []
         for item in text.split(","):
             key, equals, value = (part.strip() for part in item.partition("="))
             if not equals or key not in ("label", "route"):
@@ -255,10 +291,12 @@ def parse_families(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 __all__ = [
+    "ClosureOrigin",
     "ClosureRowsOptions",
     "ForeignClosureRows",
     "IncompleteClosureRow",
     "NoClosureRows",
+    "UnknownRouteLabel",
     "UnreadableClosureRows",
     "parse_families",
     "read_closure_rows",

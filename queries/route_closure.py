@@ -37,7 +37,7 @@ NOT_A_CAUSE = (
     "these pairs and intervals, and a route may carry what another one does. Interventions say what causes what."
 )
 
-_VIEWS = """\
+ROUTE_VALUES = """\
 -- Scores and margins of every route: at both ends of an interval, with the basis of its source.
 -- view: route_values
 SELECT
@@ -55,7 +55,8 @@ JOIN labels AS l USING (spec)
 JOIN intervals AS i USING (source_step, target_step)
 WHERE c.run = $run
 GROUP BY ALL
-
+"""
+_MARGINS = """\
 -- The pairs that enter, with the record whose margin is explained.
 -- view: entering_pairs
 SELECT p.*, e.answer_token AS answer_target_id, row_number() OVER (
@@ -111,11 +112,10 @@ class PairsChanged(ReportFailed):
     """An interval does not have the pairs that were built, or a route not those of the others."""
 
 
-class RouteClosure(PairReport):
-    """Base of reports on closures of routes."""
+class RouteOptions(PairReport):
+    """Options of reports on routes whose scores are taken at both ends of an interval; views `labels` and `route_values`."""
 
     route: tuple[str, ...] = Field((), description=ROUTE_DESCRIPTION)
-    route_pair_type: str = Field(ALL, description="type of the pairs that enter; __all__ for all of them")
     fit_intercept: bool = Field(False, description="add a constant to the fit")
 
     @field_validator("route")
@@ -128,6 +128,53 @@ class RouteClosure(PairReport):
     def routes(self) -> tuple[Route, ...]:
         """Those of `--route`."""
         return parse_routes(self.route)
+
+    def entering_types(self) -> tuple[str, ...]:
+        """Types of the pairs that routes are scored on."""
+        return self.pair_type
+
+    def changes(self) -> list[dict[str, Any]]:
+        """Parameters of dataset scalar_changes, one for each route: of the pairs that enter, and no others."""
+        return [
+            scalar_change_parameters(
+                ROUTE_SCORE,
+                route.parameters(),
+                pair_type=self.entering_types(),
+                probe=self.probe,
+                split=self.split,
+                max_pairs_per_type=self.max_pairs_per_type,
+            )
+            for route in self.routes
+        ]
+
+    def route_needs(self) -> tuple[Need, ...]:
+        """Every route's scores."""
+        return tuple(Need(SCALAR_CHANGES, of) for of in self.changes())
+
+    def parameters(self) -> dict[str, Any]:
+        """Adds what the views of routes read; without routes they are empty."""
+        held, routes = self.changes(), self.routes
+        return {
+            **super().parameters(),
+            "pair_type": list(self.pair_type) or [""],
+            "spec": [spec_id(of) for of in held] or [""],
+            "spec_parameters": [canonical_json({"scalar": of["scalar"], **of["parameters"]}) for of in held]
+            or ["{}"],
+            "route_label": [route.label for route in routes] or [""],
+            "route_domain": ["eval"] * (len(routes) or 1),
+            "record_side": [self.measured_sides()[0]],
+        }
+
+    def require(self, lake: Lake, run: str) -> None:
+        """Stages, roles and heads must be there, and ranks within a head's width."""
+        super().require(lake, run)
+        require_routes(lake, run, self.report_name(), self.probe, self.routes)
+
+
+class RouteClosure(RouteOptions):
+    """Base of reports on closures of a margin."""
+
+    route_pair_type: str = Field(ALL, description="type of the pairs that enter; __all__ for all of them")
 
     def response(self) -> TargetScalar:
         """The margin that is explained."""
@@ -149,39 +196,19 @@ class RouteClosure(PairReport):
         """Both: a route puts the state of one into the other."""
         return ("clean", "corrupted")
 
-    def changes(self) -> list[dict[str, Any]]:
-        """Parameters of dataset scalar_changes, one for each route: of the pairs that enter, and no others."""
-        return [
-            scalar_change_parameters(
-                ROUTE_SCORE,
-                route.parameters(),
-                pair_type=self.pair_type if self.route_pair_type == ALL else (self.route_pair_type,),
-                probe=self.probe,
-                split=self.split,
-                max_pairs_per_type=self.max_pairs_per_type,
-            )
-            for route in self.routes
-        ]
+    def entering_types(self) -> tuple[str, ...]:
+        """Those of `--route-pair-type`."""
+        return self.pair_type if self.route_pair_type == ALL else (self.route_pair_type,)
 
     def needs(self) -> tuple[Need, ...]:
         """Every route's scores, and the answers of the record whose margin is explained."""
         probe = self.probe if self.side() == "clean" else f"{self.probe}.corrupted"
-        return (
-            *(Need(SCALAR_CHANGES, of) for of in self.changes()),
-            Need(READOUTS, {"probe": probe}),
-        )
+        return (*self.route_needs(), Need(READOUTS, {"probe": probe}))
 
     def parameters(self) -> dict[str, Any]:
-        """Adds what the views read."""
-        held, routes = self.changes(), self.routes
+        """Adds what the views of margins read."""
         return {
             **super().parameters(),
-            "pair_type": list(self.pair_type) or [""],
-            "spec": [spec_id(of) for of in held] or [""],
-            "spec_parameters": [canonical_json({"scalar": of["scalar"], **of["parameters"]}) for of in held]
-            or ["{}"],
-            "route_label": [route.label for route in routes] or [""],
-            "route_domain": ["eval"] * (len(routes) or 1),
             "record_side": [self.side()],
             "margin_side": self.side(),
             "response": self.response(),
@@ -192,12 +219,8 @@ class RouteClosure(PairReport):
         """The pairs' views, the shared ones, then those of the report."""
         own = super(ProbeReport, cls).sql_text()
         before = super().sql_text().removesuffix(own)
-        return "\n".join([f"{before}{INTERVALS}", LISTED_PAIRS, ROUTE_LABELS, ROUTE_BASES, _VIEWS, own])
-
-    def require(self, lake: Lake, run: str) -> None:
-        """Stages, roles and heads must be there, and ranks within a head's width."""
-        super().require(lake, run)
-        require_routes(lake, run, self.report_name(), self.probe, self.routes)
+        views = (LISTED_PAIRS, ROUTE_LABELS, ROUTE_BASES, ROUTE_VALUES, _MARGINS)
+        return "\n".join([f"{before}{INTERVALS}", *views, own])
 
 
 def doubtful(fits: list[dict[str, Any]], collinear: float = 30.0) -> list[str]:

@@ -12,7 +12,7 @@ from .chart import Bars, Scatter
 from .closure_rows import ClosureRowsOptions, parse_families
 from .markdown import number
 from .pair_selection import RecordSide
-from .report import ReportFailed, RowFile, TextTable
+from .report import RowFile, TextTable
 from .results import Results
 from .route_closure import NOT_A_CAUSE, TargetScalar, doubtful
 from .route_to_margin_closure import RouteToMarginClosure as _MarginClosure
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from ..lake import Lake
 
 _STEM = "route_family_closure"
-
-
-class UnknownFamilyRoute(ReportFailed):
-    """A family with a route that the rows do not have."""
 
 
 class RouteFamilyClosureReport(ClosureRowsOptions):
@@ -176,11 +172,7 @@ class RouteFamilyClosureReport(ClosureRowsOptions):
         design = read_design(features, actual.num_rows, self.report_name())
         fits = []
         for position, (family, routes) in enumerate(parse_families(self.family).items()):
-            for route in routes:
-                if route not in held:
-                    raise UnknownFamilyRoute(
-                        f"{self.report_name()}: family {family!r} has a route {route!r}; there are {', '.join(sorted(held))}"
-                    )
+            self.require_labels(routes, held, f"family {family!r}")
             what = f"{self.report_name()}: family {family!r}"
             fit = design.fit(
                 actual["actual_margin_delta"].to_numpy(),

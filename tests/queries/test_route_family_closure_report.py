@@ -15,11 +15,11 @@ from lakebed.queries.closure_rows import (
     ForeignClosureRows,
     IncompleteClosureRow,
     NoClosureRows,
+    UnknownRouteLabel,
     UnreadableClosureRows,
 )
 from lakebed.queries.registry import load_report
 from lakebed.queries.report import InvalidOption
-from lakebed.queries.route_family_closure_report import UnknownFamilyRoute
 from lakebed.queries.run import run_report
 
 from tests.route_lake import RUN
@@ -297,7 +297,7 @@ def test_files_that_cannot_be_read_are_refused(lake, tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"family": ("label=a,route=other",)}, UnknownFamilyRoute, "family 'a' has a route 'other'; there are all, query, value"),
+        ({"family": ("label=a,route=other",)}, UnknownRouteLabel, "family 'a' has a route 'other'; there are all, query, value"),
         ({"probe": "other"}, MissingData, "Probe-set not found"),
         ({"split": ("train",)}, UnknownName, "has no split 'train'"),
     ],
