@@ -25,6 +25,8 @@ COMMANDS = {
     "show": "what a lake holds, or the schema of its tables",
     "verify": "check every file against its receipt",
     "catalog": "write views for plain duckdb users and lengths for plain Zarr readers",
+    "compact": "merge many small files and their receipts, so that queries open few",
+    "gc": "remove files that no receipt names: compacted ones, and what killed writers left",
 }
 # Commands that are over in a second or so; see _collect_rarely and _leave.
 _SHORT = {"query", "show"}

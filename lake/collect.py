@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .lake import Lake
 
 SUPERSEDED, UNFINISHED, TEMPORARY = "superseded", "unfinished", "temporary"
-# Called after each file with (files done, files in all).
-Progress = Callable[[int, int], None]
+# Called after each file.
+Progress = Callable[[], None]
 # Seconds: the default age.
 AN_HOUR = 3600.0
 
@@ -71,10 +71,10 @@ def collect(lake: Lake, garbage: Iterable[Garbage], progress: Progress | None = 
     listed = list(garbage)
     if any(of.kind == SUPERSEDED for of in listed) and lake.storage.exists(VIEWS_FILE):
         write_catalog(lake)
-    for done, of in enumerate(listed, 1):
+    for of in listed:
         lake.storage.remove(of.key)
         if progress is not None:
-            progress(done, len(listed))
+            progress()
 
 
 def totals(garbage: Iterable[Garbage]) -> dict[str, dict[str, int]]:

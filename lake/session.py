@@ -20,6 +20,8 @@ from .schema import QUANTITIES, TABLES, VIEWS
 if TYPE_CHECKING:
     from .lake import Lake
 
+# How DuckDB says that a file of a view is not there.
+_GONE = re.compile(r'(?:No files found that match the pattern|Cannot open file) "([^"]+)"')
 _OPEN: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
@@ -77,14 +79,21 @@ class Session:
         except duckdb.Error as error:
             if self._failures:
                 raise self._failures[0] from None
+            if gone := _GONE.search(str(error)):
+                raise CorruptFile(
+                    self._missing(gone[1].removeprefix(self._lake.storage.path("")).lstrip("/"))
+                ) from error
             raise QueryError(self._explain(str(error))) from error
 
     def _named(self, query: str) -> set[str]:
+        words = set(re.findall(r"\w+", query))
         try:
-            return {name.split(".")[-1] for name in self.connection.get_table_names(query)}
+            found = {name.split(".")[-1] for name in self.connection.get_table_names(query)}
         except duckdb.Error:
             # SUMMARIZE, DESCRIBE, SHOW and the like: look for the words instead.
-            return set(re.findall(r"\w+", query))
+            return words
+        # Of a view that is there already DuckDB names what lies below it, and that may be nothing.
+        return found | (words & self._made.keys())
 
     def prepare(self, names: Iterable[str] | None = None) -> None:
         """Makes the views named (default: all) that are not there yet, or not up to date."""

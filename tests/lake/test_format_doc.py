@@ -18,6 +18,8 @@ import xarray
 from lakebed.lake import Lake, Unit
 from lakebed.lake.axis import publish
 from lakebed.lake.catalog import write_catalog
+from lakebed.lake.collect import collect, plan_collection
+from lakebed.lake.compact import compact, plan_compaction
 from lakebed.lake.errors import StorageRefused
 from lakebed.lake.names import encode_name
 
@@ -41,16 +43,22 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> str:
+@pytest.fixture(scope="module", params=["as written", "compacted", "collected"])
+def demo(request, tmp_path_factory) -> str:
+    """The page's lake; its two units also compacted, with what was superseded still there, and without."""
     path = str(tmp_path_factory.mktemp("doc") / "demo.lake")
     with Lake.create(path) as lake:
-        with lake.unit(Unit("trace", "demo", "trace-00000100-00000300", (100, 200, 300))) as writer:
+        with lake.unit(Unit("trace", "demo", "trace-00000100-00000200", (100, 200, 300))) as writer:
             block = writer.tensor_rows("gradients", (100, 200, 300), 4)
             block.write("layers.0.weight", np.arange(18, dtype=np.float32).reshape(3, 2, 3))
-            losses = {100: 0.5, 200: 0.25, 300: 0.125}
-            writer.rows("training_steps", [{"step": step, "loss": loss} for step, loss in losses.items()])
+            writer.rows("training_steps", [{"step": 100, "loss": 0.5}, {"step": 200, "loss": 0.25}])
+        with lake.unit(Unit("trace", "demo", "trace-00000300", (300,))) as writer:
+            writer.rows("training_steps", [{"step": 300, "loss": 0.125}])
         write_catalog(lake)
+        if request.param != "as written":
+            assert [done.committed for done in compact(lake, plan_compaction(lake))] == [True]
+        if request.param == "collected":
+            collect(lake, plan_collection(lake, 0))
     return path
 
 

@@ -286,6 +286,14 @@ def test_two_sessions_see_what_the_other_commits(filled: Lake, write_unit) -> No
         assert 40 in other.tensor("gradients", "b", "ref").steps
 
 
+def test_a_table_that_was_empty_shows_what_came(lake: Lake) -> None:
+    query = "SELECT step FROM evaluations"
+    assert lake.sql(query).fetchall() == []
+    with lake.unit(Unit("eval", "ref", "u")) as writer:
+        writer.rows("evaluations", [{"step": 1, "split": "a", "metric": "m"}])
+    assert lake.sql(query).fetchall() == [(1,)]
+
+
 def test_repr_names_runs_and_escapes_html(filled: Lake, write_unit) -> None:
     assert re.search(r"run ref: trace 0:31 \(0\.0 MB, 32 rows\)", repr(filled))
     html = filled._repr_html_()
