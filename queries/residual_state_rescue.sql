@@ -1,7 +1,7 @@
 -- rows: rescue_rows
 SELECT
     r.source_step, r.target_step, r.pair_id, r.pair_type, r.split, r.margin_side, r.scalar_name, r.endpoint_kind, r.step,
-    $lake || '#' || $run || '/' || r.step AS checkpoint,
+    format('step_{:06d}', r.step) AS checkpoint,
     r.source_component, x.patch_at AS patch_stage, nullif(x.role, '') AS position_role,
     r.clean_scalar, r.source_ablated_scalar, r.patched_scalar, r.total_drop, r.rescue, r.unrecovered,
     r.absolute_unrecovered, r.improved_by_patch
