@@ -69,13 +69,14 @@ def rerun(model: Model, stage: str, edited: Edited, changes: Tensor) -> Tensor:
     """
     records, length, _ = edited.stage.shape
     at_once = max(1, _TOKENS // (records * length))
-    target = edited.stage[edited.row, edited.target].double()
+    # The sum is float64, which not every device has.
+    target = edited.stage[edited.row, edited.target].cpu().double()
     found = []
     for start in range(0, len(changes), at_once):
         part = changes[start : start + at_once]
         runs = len(part)
         states = edited.stage.repeat(runs, 1, 1, 1)
-        states[:, edited.row, edited.target] = (target + part).float()
+        states[:, edited.row, edited.target] = (target + part.cpu()).float().to(states.device)
         first = torch.arange(runs, device=states.device)[:, None] * records
         places = (first + edited.row) * length + edited.prediction
         patch = Interventions(residual_patches={stage: states.flatten(0, 1)})

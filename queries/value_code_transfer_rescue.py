@@ -123,8 +123,8 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
     next_queries = (
         (
             "How often the model still names the answer among all tokens, by run:",
-            "SELECT step, eval_kind, avg((best_token = answer_token)::INT) AS accuracy FROM value_code_runs JOIN events "
-            "USING (run, probe, event) WHERE run = $run AND source_event IS NOT NULL GROUP BY ALL ORDER BY ALL",
+            "SELECT step, spec, eval_kind, avg((best_token = answer_token)::INT) AS accuracy FROM value_code_runs JOIN "
+            "events USING (run, probe, event) WHERE run = $run AND eval_kind <> 'clean' GROUP BY ALL ORDER BY ALL",
         ),
         (
             "How alike the target's directions are to those of the step before:",

@@ -190,6 +190,13 @@ def test_a_row_without_a_drop_has_no_fraction(made, tmp_path):
             assert row["rescue_vs_drop_r_squared"] is not None
 
 
+def test_its_sql_to_go_on_with_runs(made):
+    asked = report()
+    invent(made, asked, kinds(asked))
+    for _, query in asked.next_queries:
+        made.lake.sql(query.replace("$run", f"'{made.run}'")).fetchall()
+
+
 def test_ties_name_the_token_that_comes_first(made, tmp_path):
     asked = report()
     invent(made, asked, kinds(asked))
