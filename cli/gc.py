@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 import click
 
@@ -13,24 +12,19 @@ from .options import lake_option
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-class _Age(click.ParamType):
-    """A number of seconds, minutes, hours or days: 30s, 10m, 1h, 2d."""
-
-    name = "age"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds."""
-        match = re.fullmatch(r"(\d+)([smhd])", str(value))
-        if match is None:
-            self.fail(f"{value!r} is no age: write 30s, 10m, 1h or 2d", param, ctx)
-        return float(int(match[1]) * _SECONDS[match[2]])
+def _seconds(_context: click.Context, _option: click.Parameter, text: str) -> float:
+    """Seconds of a number of seconds, minutes, hours or days: 30s, 10m, 1h, 2d."""
+    match = re.fullmatch(r"(\d+)([smhd])", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no age: write 30s, 10m, 1h or 2d")
+    return float(int(match[1]) * _SECONDS[match[2]])
 
 
 @click.command(epilog="Example: lakebed gc --lake demo.lake --dry-run && lakebed gc --lake demo.lake")
 @lake_option
 @click.option(
     "--older-than",
-    type=_Age(),
+    callback=_seconds,
     default="1h",
     show_default=True,
     metavar="AGE",

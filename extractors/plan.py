@@ -10,6 +10,7 @@ from typing import Any
 
 from ..lake import Lake, Unit, UnitWriter
 from ..lake.axis import publish
+from ..lake.compact import compact_many
 from ..lake.datasets import OF_INTERVALS, RECORDED, Need, need_intervals, need_steps
 from ..lake.errors import MissingData
 from ..lake.names import spec_id
@@ -86,7 +87,15 @@ def extract(
             publish(lake, run)
     if intervals:
         _make_intervals(context, intervals, len(need_intervals(wanted)), result, progress, device)
+    compact_many(
+        lake, run, [name for name, made in result.made.items() if made], partial(_compacting, progress)
+    )
     return result
+
+
+def _compacting(progress: Progress, files: int) -> Callable[[int], None]:
+    progress.start("compacting", files)
+    return progress.advance
 
 
 def _plan(context: Context, needs: Sequence[Need], wanted: Sequence[int]) -> list[_Work]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import pyarrow as pa
@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 from .errors import CorruptFile
 from .names import canonical_json, content_hash, spec_id
 from .schema import TABLES
+
+if TYPE_CHECKING:
+    from .storage import Storage
 
 FOLDER = "tables/extractions"
 # In a receipt's footer: its row as canonical JSON, and the CRC-32C of all bytes before the footer followed by that text.
@@ -245,6 +248,20 @@ def _rows_of_pages(file: pq.ParquetFile) -> list[dict[str, Any]]:
 def receipt_key(run: str, unit: str) -> str:
     """Where the receipt of a unit lies."""
     return f"{FOLDER}/run={run}/{unit}.parquet"
+
+
+def read_checked(storage: Storage, entry: FileEntry) -> bytes:
+    """The bytes of a Parquet file; raises CorruptFile unless they have the length and checksum of its receipt."""
+    data = storage.read(entry.path)
+    if len(data) != entry.bytes:
+        raise CorruptFile(
+            f"{entry.path} is damaged ({len(data):,} bytes, its receipt says {entry.bytes:,}): run `lakebed verify`"
+        )
+    if google_crc32c.value(data) != entry.crc32c:
+        raise CorruptFile(
+            f"{entry.path} is damaged (its checksum is not the receipt's): run `lakebed verify`"
+        )
+    return data
 
 
 def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import duckdb
-import google_crc32c
 
 from .errors import CorruptFile, LakebedError, QueryError
 from .macros import create_macros
-from .receipts import FileEntry
+from .receipts import FileEntry, read_checked
 from .schema import QUANTITIES, TABLES, VIEWS
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ class Session:
             # A receipt is its own witness: its pages carry checksums, and no other receipt names it.
             if entry.bytes >= 0 and entry.path not in self._checked:
                 try:
-                    read_checked(self._lake, entry)
+                    read_checked(self._lake.storage, entry)
                 except FileNotFoundError as error:
                     raise CorruptFile(self._missing(entry.path)) from error
                 self._checked.add(entry.path)
@@ -170,20 +169,6 @@ class Session:
 def _close_all() -> None:
     for session in list(_OPEN):
         session.close()
-
-
-def read_checked(lake: Lake, entry: FileEntry) -> bytes:
-    """The bytes of a file; raises CorruptFile unless they have the length and checksum of its receipt."""
-    data = lake.storage.read(entry.path)
-    if len(data) != entry.bytes:
-        raise CorruptFile(
-            f"{entry.path} is damaged ({len(data):,} bytes, its receipt says {entry.bytes:,}): run `lakebed verify`"
-        )
-    if google_crc32c.value(data) != entry.crc32c:
-        raise CorruptFile(
-            f"{entry.path} is damaged (its checksum is not the receipt's): run `lakebed verify`"
-        )
-    return data
 
 
 def select_from(name: str, paths: list[str]) -> str:
