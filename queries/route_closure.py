@@ -223,6 +223,18 @@ class RouteClosure(RouteOptions):
         return "\n".join([f"{before}{INTERVALS}", *views, own])
 
 
+def accounted(who: str, count: int, r_squared: float | None, what: str) -> str:
+    """The first words of findings: whether `who`, one thing or several (`count`), account for how `what` changed."""
+    if r_squared is None:
+        return f"**{who}: there is nothing to account for**, {what} did not change differently anywhere"
+    if r_squared < 0:
+        do = "does" if count == 1 else "do"
+        return f"**{who} {do} not account for how {what} changed** (R² = {number(r_squared, 3)}: the mean alone does better)"
+    return (
+        f"**{who} account{'s' if count == 1 else ''} for R² = {number(r_squared, 3)} of how {what} changed**"
+    )
+
+
 def doubtful(fits: list[dict[str, Any]], collinear: float = 30.0) -> list[str]:
     """What to know of coefficients before reading them: rows of a table of fits, with a `name` each."""
     lines = []

@@ -14,7 +14,7 @@ from .markdown import number
 from .pair_selection import RecordSide
 from .report import RowFile, TextTable
 from .results import Results
-from .route_closure import NOT_A_CAUSE, TargetScalar, doubtful
+from .route_closure import NOT_A_CAUSE, TargetScalar, accounted, doubtful
 from .route_to_margin_closure import RouteToMarginClosure as _MarginClosure
 
 if TYPE_CHECKING:
@@ -226,10 +226,10 @@ class RouteFamilyClosureReport(ClosureRowsOptions):
         rows = results.rows("FROM families_by_r_squared ORDER BY r_squared DESC NULLS LAST, family_label")
         first, others = rows[0], rows[1:]
         count = results.value("SELECT count(*) FROM closures")
+        who = f"`{first['family_label']}`, {_routes(first['num_routes'])},"
         lines = [
-            f"**`{first['family_label']}` accounts for most of how the margin changed: R² = "
-            f"{number(first['r_squared'], 3)}** over {count:,} changes of a pair over an interval, with "
-            f"{_routes(first['num_routes'])}. It is a fit, not a cause."
+            f"{accounted(who, 1, first['r_squared'], 'the margin')}, most of all, over {count:,} changes of a pair over an "
+            "interval. It is a fit, not a cause."
         ]
         if others:
             listed = ", ".join(

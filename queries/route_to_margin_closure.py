@@ -18,6 +18,7 @@ from .route_closure import (
     ROUTE_DESCRIPTION,
     RouteClosure,
     TargetScalar,
+    accounted,
     doubtful,
     require_every_pair,
 )
@@ -222,14 +223,14 @@ class RouteToMarginClosure(RouteClosure):
         fit = _fit(results)
         what = f"the {self.margin_side} record's {self.target_scalar.replace('_', ' ')}"
         count = len(fit["route_labels"])
-        who = "One route accounts" if count == 1 else f"{count} routes account"
+        who = "One route" if count == 1 else f"{count} routes"
         actual, predicted, residual = (
             number(fit[name], 3)
             for name in ("mean_actual_margin_delta", "mean_predicted_margin_delta", "mean_abs_residual")
         )
         lines = [
-            f"**{who} for R² = {number(fit['r_squared'], 3)} of how {what} changed** from step {results.steps[0]} to "
-            f"{results.steps[-1]}: {fit['num_observations']:,} changes of a pair over an interval, {actual} in the mean, "
+            f"{accounted(who, count, fit['r_squared'], what)} from step {results.steps[0]} to {results.steps[-1]}: "
+            f"{fit['num_observations']:,} changes of a pair over an interval, {actual} in the mean, "
             f"predicted {predicted}, mean |residual| {residual}. It is a fit, not a cause.",
             _carriers(results.rows("FROM route_contributions"), fit["intercept"]),
         ]

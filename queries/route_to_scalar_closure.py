@@ -15,7 +15,7 @@ from .markdown import number
 from .output_route_closure import EmptyBucket
 from .probe_report import ProbeReport
 from .report import ReportFailed, RowFile, TextTable
-from .route_closure import NOT_A_CAUSE, ROUTE_VALUES, doubtful
+from .route_closure import NOT_A_CAUSE, ROUTE_VALUES, accounted, doubtful
 from .route_options import ROUTE_LABELS
 from .route_to_margin_closure import RouteToMarginClosure as _MarginClosure
 from .scalar_pairs import BUCKETS, ScalarPairReport, SwitchBucket
@@ -317,16 +317,16 @@ class RouteToScalarClosure(ClosureOrigin, ScalarPairReport):
         )
         best, worst = rows[0], rows[-1]
         count = best["num_parameters"] - self.fit_intercept
-        who = "one route's score" if count == 1 else f"{count} routes' scores"
+        who = "Changes of one route's score" if count == 1 else f"Changes of {count} routes' scores"
+        what = f"`{best['scalar_name']}`"
         where = "" if bucket == "all" else f" in bucket {bucket}"
         actual, predicted, residual = (
             number(best[name], 3)
             for name in ("mean_actual_scalar_delta", "mean_predicted_scalar_delta", "mean_abs_residual")
         )
         lines = [
-            f"**Changes of {who} account for R² = {number(best['r_squared'], 3)} of how `{best['scalar_name']}` changed** "
-            f"from step {results.steps[0]} to {results.steps[-1]}{where}: {best['num_observations']:,} changes of a pair "
-            f"over an interval, {actual} in the mean, predicted {predicted}, mean |residual| {residual}. It is a fit, not a "
+            f"{accounted(who, 2, best['r_squared'], what)} from step {results.steps[0]} to {results.steps[-1]}{where}: "
+            f"{best['num_observations']:,} changes of a pair over an interval, {actual} in the mean, predicted {predicted}, mean |residual| {residual}. It is a fit, not a "
             "cause."
         ]
         if len(rows) > 1:

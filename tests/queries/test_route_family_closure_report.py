@@ -20,6 +20,7 @@ from lakebed.queries.closure_rows import (
 )
 from lakebed.queries.registry import load_report
 from lakebed.queries.report import InvalidOption
+from lakebed.queries.route_closure import accounted
 from lakebed.queries.run import run_report
 
 from tests.route_lake import RUN
@@ -201,7 +202,9 @@ def test_filters_leave_rows_out(lake, tmp_path, margins):
 
 def test_findings_compare_nested_families(found):
     findings = found[1]["findings"]
-    assert findings[0].startswith("**`joint` accounts for most of how the margin changed: R² = ")
+    best = found[1]["ranked_by_r_squared"][0]
+    assert best["family_label"] == "joint"
+    assert findings[0].startswith(accounted("`joint`, 3 routes,", 1, best["r_squared"], "the margin"))
     assert "It is a fit, not a cause." in findings[0]
     assert {(row["family_label"], row["within"]) for row in found[1]["additions"]} == {
         ("joint", "qk"),

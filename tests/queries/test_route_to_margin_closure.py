@@ -16,7 +16,7 @@ from lakebed.lake.names import spec_id
 from lakebed.queries.arrays.least_squares import Underdetermined
 from lakebed.queries.pair_selection import TooFewPairs
 from lakebed.queries.report import InvalidOption
-from lakebed.queries.route_closure import PairsChanged, doubtful
+from lakebed.queries.route_closure import PairsChanged, accounted, doubtful
 from lakebed.queries.run import run_report
 
 from tests.route_lake import RUN
@@ -223,10 +223,7 @@ def test_the_summary_says_what_the_rows_do(found):
     assert set(content["subspaces"]) == {"query", "value"}
     assert content["subspaces"]["query"]["head_label"] == "L1H2"
     assert content["pair_construction"]["constructed_counts"] == dict.fromkeys(TYPES, MOST)
-    assert (
-        f"**3 routes account for R² = {summary['r_squared']:.3g} of how the clean record's answer margin changed**"
-        in markdown
-    )
+    assert accounted("3 routes", 3, summary["r_squared"], "the clean record's answer margin") in markdown
     assert "It is a fit, not a cause." in markdown
     assert "A closure is a fit, not a cause" in markdown
 
@@ -257,6 +254,15 @@ def test_routes_that_move_together_are_said_to(lake, tmp_path):
         "The fit: routes move together (condition number 31.5 of unit columns, above 30)"
     )
     assert doubtful([{**fit, "condition_number": 29.0}]) == []
+
+
+def test_what_is_not_accounted_for_is_said_so():
+    assert accounted("One route", 1, 0.25, "it") == "**One route accounts for R² = 0.25 of how it changed**"
+    assert accounted("2 routes", 2, 0.25, "it") == "**2 routes account for R² = 0.25 of how it changed**"
+    assert accounted("2 routes", 2, -0.5, "it").startswith(
+        "**2 routes do not account for how it changed** (R² = -0.5"
+    )
+    assert "nothing to account for" in accounted("2 routes", 2, None, "it")
 
 
 def test_it_needs_forward_passes_only():
