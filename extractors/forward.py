@@ -7,16 +7,18 @@ A dataset is a short file with a `ForwardExtractor`: what it wants of the pass (
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, reduce
+from threading import Barrier
 from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..engine.capture import Capture, Captured, CaptureError, Request, concatenate
+from ..engine.capture import Batch, Capture, Captured, CaptureError, Request, concatenate
 from ..engine.forward import Model
 from ..lake import UnitWriter
 from ..lake.datasets import DEFAULT_PROBE
@@ -113,7 +115,8 @@ def require_device(device: str) -> str:
 class ForwardPasses:
     """Runs the passes that some extractors want, step by step; a context manager that ends when everything is written.
 
-    One step is computed while the one before it is written, so that memory holds two steps at most.
+    One step is computed while the one before it is written, so that memory holds two steps at most; the next is made ready
+    meanwhile, so that cores go from the last batch of a step to the first of another.
     """
 
     def __init__(
@@ -126,11 +129,13 @@ class ForwardPasses:
         self._context = context
         self._extractors = list(extractors)
         self._device, self._batch_size = require_device(device), batch_size
+        self._torch_threads = torch.get_num_threads()
         self._batches: dict[str, ProbeBatches] = {}
         self._checked: set[ForwardExtractor] = set()
-        self._pool: ThreadPoolExecutor | None = None
+        self._writer: ThreadPoolExecutor | None = None
         self._workers: ThreadPoolExecutor | None = None
-        self._writing: Future[None] | None = None
+        self._begun: deque[Future[None]] = deque()
+        self._failed = False
 
     def run(
         self,
@@ -138,23 +143,32 @@ class ForwardPasses:
         due: Iterable[ForwardExtractor],
         write: Commit,
     ) -> None:
-        """Computes what is due at a step; `write` is called in the background, once a dataset, with what fills its unit."""
+        """Begins what is due at a step; `write` is called in the background, once a dataset, with what fills its unit.
+
+        What goes wrong there ends the writing, and is raised by a later call or at the end.
+        """
         by_probe: dict[str, list[ForwardExtractor]] = {}
         for extractor in due:
             by_probe.setdefault(extractor.probe, []).append(extractor)
+        # A replay changes the weights of its states in place, and they are still being read then.
+        weights = {name: weight.clone() for name, weight in state.weights.items()}
         for extractors in by_probe.values():
-            parts, made = self._parts(state, extractors)
-            self.wait()
-            self._writing = self._writer().submit(_write, state.step, extractors, parts, made, write)
+            capture, made = self._prepare(weights, extractors)
+            self._wait(1)
+            parts = self._begin(capture, made.batches, state.step)
+            if self._writer is None:
+                self._writer = _threads(1, "lakebed-writer", 1)
+            self._begun.append(self._writer.submit(self._write, state.step, extractors, parts, made, write))
 
     def capture(self, state: State, extractors: list[ForwardExtractor]) -> tuple[Captured, Passed]:
         """What extractors of one probe want of one step, in the probe's order."""
-        parts, made = self._parts(state, extractors)
-        return _in_order(parts, made.batches), made
+        capture, made = self._prepare(state.weights, extractors)
+        return _in_order(self._begin(capture, made.batches, state.step)(), made.batches), made
 
-    def _parts(self, state: State, extractors: list[ForwardExtractor]) -> tuple[list[Captured], Passed]:
-        adapter = self._context.adapter()
-        model = adapter.load_model(state.weights, self._device)
+    def _prepare(
+        self, weights: Mapping[str, Tensor], extractors: list[ForwardExtractor]
+    ) -> tuple[Capture, Passed]:
+        model = self._context.adapter().load_model(weights, self._device)
         probe = probe_of(self._context, extractors[0].probe)
         for extractor in extractors:
             if extractor not in self._checked:
@@ -164,29 +178,29 @@ class ForwardPasses:
         batches = self._batches_of(probe, model)
         request = reduce(Request.__or__, (extractor.request() for extractor in extractors))
         candidates = batches.batches[0].choices.candidates
-        capture = Capture(model, candidates, request)
-        try:
-            parts = self._run(capture, batches)
-        except CaptureError as error:
-            raise CaptureError(f"step {state.step} of run {self._context.run!r}: {error}") from error
-        return parts, Passed(batches, model, candidates.cpu())
+        return Capture(model, candidates, request), Passed(batches, model, candidates.cpu())
 
-    def _run(self, capture: Capture, batches: ProbeBatches) -> list[Captured]:
+    def _begin(self, capture: Capture, batches: ProbeBatches, step: int) -> Callable[[], list[Captured]]:
         """Batches side by side, a torch thread each: two threads on one batch wait for each other at every operation, and
-        for the writer that shares their cores."""
-        count = torch.get_num_threads()
-        workers = min(count, len(batches.batches)) if self._device == "cpu" else 1
+        for the writer that shares their cores. Returns what waits for them."""
+
+        def run(batch: Batch) -> Captured:
+            try:
+                return capture.run(batch)
+            except CaptureError as error:
+                raise CaptureError(f"step {step} of run {self._context.run!r}: {error}") from error
+
+        workers = min(self._torch_threads, len(batches.batches)) if self._device == "cpu" else 1
         if workers == 1:
-            return [capture.run(batch) for batch in batches.batches]
+            done = [run(batch) for batch in batches.batches]
+            return lambda: done
         if self._workers is None:
-            self._workers = ThreadPoolExecutor(
-                workers, "lakebed-forward", partial(torch.set_num_threads, max(1, count // workers))
-            )
-        try:
-            return list(self._workers.map(capture.run, batches.batches))
-        finally:
-            # torch takes the last number set for the default of every thread to come.
-            torch.set_num_threads(count)
+            each = self._torch_threads // workers
+            self._workers = _threads(workers, "lakebed-forward", each)
+            # Threads that wait for a busy core spin: what makes the next step ready has no more of them either.
+            torch.set_num_threads(each)
+        parts = [self._workers.submit(run, batch) for batch in batches.batches]
+        return lambda: [part.result() for part in parts]
 
     def _batches_of(self, probe: ProbeData, model: Model) -> ProbeBatches:
         if probe.name not in self._batches:
@@ -197,20 +211,28 @@ class ForwardPasses:
             )
         return self._batches[probe.name]
 
-    def _writer(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "lakebed-writer")
-            count = torch.get_num_threads()
-            self._pool.submit(torch.set_num_threads, 1).result()
-            # torch takes the last number set for the default of every thread to come.
-            torch.set_num_threads(count)
-        return self._pool
+    def _write(
+        self,
+        step: int,
+        extractors: list[ForwardExtractor],
+        parts: Callable[[], list[Captured]],
+        made: Passed,
+        write: Commit,
+    ) -> None:
+        if self._failed:
+            return
+        try:
+            captured = _in_order(parts(), made.batches)
+            for extractor in extractors:
+                write(extractor, partial(extractor.write, step=step, captured=captured, made=made))
+        except BaseException:
+            self._failed = True
+            raise
 
-    def wait(self) -> None:
-        """Until the step before is written; raises what went wrong there."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+    def _wait(self, begun: int) -> None:
+        """Until that many steps at most are not written yet; raises what went wrong there."""
+        while len(self._begun) > begun:
+            self._begun.popleft().result()
 
     def __enter__(self) -> ForwardPasses:
         return self
@@ -220,19 +242,33 @@ class ForwardPasses:
     ) -> None:
         try:
             if kind is None:
-                self.wait()
+                self._wait(0)
         finally:
-            for pool in (self._pool, self._workers):
+            interrupted = kind is not None and not issubclass(kind, Exception)
+            if interrupted and self._workers is not None:
+                self._workers.shutdown(cancel_futures=True)
+            # What was begun before something else failed is good.
+            for pool in (self._writer, self._workers):
                 if pool is not None:
                     pool.shutdown()
+            torch.set_num_threads(self._torch_threads)
 
 
-def _write(
-    step: int, extractors: list[ForwardExtractor], parts: list[Captured], made: Passed, write: Commit
-) -> None:
-    captured = _in_order(parts, made.batches)
-    for extractor in extractors:
-        write(extractor, partial(extractor.write, step=step, captured=captured, made=made))
+def _threads(count: int, name: str, torch_threads: int) -> ThreadPoolExecutor:
+    """Threads that compute on so many torch threads each."""
+    before, started = torch.get_num_threads(), Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(torch_threads)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, name, start)
+    for _ in range(count):
+        pool.submit(int)
+    started.wait()
+    # torch takes the last number set for the default of every thread to come.
+    torch.set_num_threads(before)
+    return pool
 
 
 def _in_order(parts: list[Captured], batches: ProbeBatches) -> Captured:
