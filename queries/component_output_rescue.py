@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ..lake import Lake
 
 _STEM = "component_output_rescue"
+# A smaller share than this of what is lost is hardly anything.
+_SOME = 0.05
 
 
 class NothingPutBack(InvalidOption):
@@ -160,22 +162,28 @@ class ComponentOutputRescue(RescueReport):
         for source in self.source_component:
             cost, rows = self.cost(results, source)
             lines.append(cost)
-            if not rows:
-                continue
             rows.sort(key=lambda row: (-row["mean_rescue_fraction_from_means"], row["place"]))
             single = [row for row in rows if "+" not in row["patch"]]
             groups = [row for row in rows if "+" in row["patch"]]
             if single:
-                best = single[0]
-                lines.append(
-                    f"Alone, the clean write of **{best['patch']}** gives back most of that, "
-                    f"**{percent(best['mean_rescue_fraction_from_means'])}** ({number(best['mean_rescue'], 3)}; better than "
-                    f"without it in {percent(best['improved_fraction'])} of the records)"
-                    + (f"; then {listed(single[1:])}." if single[1:] else ".")
-                )
+                lines.append(_alone(single))
             if groups:
                 lines.append(f"Together: {listed(groups)}.")
         return lines
+
+
+def _alone(rows: list[dict[str, Any]]) -> str:
+    """What single writes give back, most first."""
+    best, others = rows[0], rows[1:]
+    fraction = best["mean_rescue_fraction_from_means"]
+    then = f"; then {listed(others)}." if others else "."
+    if fraction < _SOME:
+        return f"No clean write alone gives back {percent(_SOME)} of that: {best['patch']} {percent(fraction)}{then}"
+    return (
+        f"Alone, the clean write of **{best['patch']}** gives back most of that, **{percent(fraction)}** "
+        f"({number(best['mean_rescue'], 3)}; nearer to the clean run in {percent(best['improved_fraction'])} of the "
+        f"records){then}"
+    )
 
 
 def _read_group(text: str) -> tuple[str, ...]:

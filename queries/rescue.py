@@ -259,10 +259,12 @@ class RescueReport(EndpointReport):
             endpoint_role=list(self.endpoint_role),
             scalar=list(self.scalar),
         )
-        if found is None or not found["wanted"] or found["found"] != found["wanted"]:
+        assert found is not None
+        if not found["wanted"] or found["found"] != found["wanted"]:
             raise IncompleteRuns(
-                f"{self.report_name()}: there are {found and found['found']:,} rows of {found and found['wanted']:,}: some "
-                f"pair lacks runs. Make them again from the probe as it is now: lakebed extract --for {self.report_name()}"
+                f"{self.report_name()}: there are {found['found']:,} rows of {found['wanted']:,}: some pair lacks runs. "
+                "lakebed extract makes all of them or none, so these were written by something else: extract into another "
+                "lake"
             )
 
     def facts(self, lake: Lake, results: Results) -> dict[str, Any]:

@@ -353,3 +353,18 @@ def test_an_end_of_the_interval_alone(lake, tmp_path):
     assert {row["endpoint_kind"] for row in rows["rescue_rows"]} == {"source"}
     assert content["endpoint_roles"] == ["source"]
     assert content["findings"][0].startswith("At step 100 taking L0H2 away")
+
+
+def test_nobodys_write_gives_anything_back(tmp_path):
+    logits = {"clean": [10.0, 10.0], GONE: [8.0, 2.0], PATCHED: [8.0, 1.0]}
+    with make_lake(tmp_path / "m.lake", made_up(), logits) as lake:
+        _, content, _, _ = written(lake, made_up(), tmp_path / "out")
+    assert content["findings"][1] == "No clean write alone gives back 5 % of that: L1MLP -10 %."
+
+
+def test_a_source_that_does_harm(tmp_path):
+    logits = {"clean": [10.0, 10.0], GONE: [12.0, 14.0], PATCHED: [11.0, 11.0]}
+    with make_lake(tmp_path / "m.lake", made_up(), logits) as lake:
+        _, content, _, _ = written(lake, made_up(), tmp_path / "out")
+    assert "taking L0H0 away raises `correct_value_logit` by **3** (10 → 13" in content["findings"][0]
+    assert "the clean write of **L1MLP** gives back most of that, **66.7 %** (-2;" in content["findings"][1]
