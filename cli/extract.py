@@ -106,8 +106,8 @@ def extract(
 
     Of weights: svd, weights. Of forward passes over a probe (see `lakebed probe`): activations, attention, readouts,
     head_writes, component_logits, qk_coordinates, interventions; all that are named share one pass per step and batch.
-    Of a --scalar over causal patch pairs: scalar_gradients, its values and its whole gradient. Of the updates between
-    neighbouring steps: attributions of a --scalar, update_norms.
+    Of a --scalar over causal patch pairs: scalar_gradients, its values and its whole gradient. Between neighbouring steps:
+    scalar_changes of a --scalar, its values at both ends; of the updates, its attributions and update_norms.
     Options may be repeated: each combination is a dataset.
 
     Without --steps: the steps whose weights are stored. A second call makes nothing; an interrupted one goes on.

@@ -10,16 +10,20 @@ import click
 from ..lake.datasets import (
     ATTRIBUTIONS,
     DEFAULT_PROBE,
+    SCALAR_CHANGES,
     SCALAR_GRADIENTS,
     UPDATE_NORMS,
     Need,
     attribution_parameters,
+    scalar_change_parameters,
     scalar_gradient_parameters,
 )
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 NAMES = ("scalar", "pair_type", "split", "max_pairs_per_type", "integrate")
-OF_SCALARS = (ATTRIBUTIONS, SCALAR_GRADIENTS)
+OF_SCALARS = (ATTRIBUTIONS, SCALAR_CHANGES, SCALAR_GRADIENTS)
+# Those that take a scalar and pairs, and nothing else.
+_PLAIN = {SCALAR_CHANGES: scalar_change_parameters, SCALAR_GRADIENTS: scalar_gradient_parameters}
 TAKERS = {name: OF_SCALARS if name != "integrate" else (ATTRIBUTIONS,) for name in NAMES}
 
 
@@ -30,14 +34,22 @@ def scalar_options(function: Function) -> Function:
             (
                 "scalar",
                 "NAME,key=value,…",
-                "attributions, scalar_gradients: the scalar and its parameters, e.g. qk_rank_separation,head=L1H1,rank=4,…",
+                "attributions, scalar_changes, scalar_gradients: scalar and parameters: qk_rank_separation,head=L1H1,…",
             ),
-            ("pair-type", "TYPE", "attributions, scalar_gradients: type of causal patch pair; required."),
-            ("split", "SPLIT", "attributions, scalar_gradients: split of the pairs [default: all]."),
+            (
+                "pair-type",
+                "TYPE",
+                "attributions, scalar_changes, scalar_gradients: type of causal patch pair; required.",
+            ),
+            (
+                "split",
+                "SPLIT",
+                "attributions, scalar_changes, scalar_gradients: split of the pairs [default: all].",
+            ),
             (
                 "max-pairs-per-type",
                 "N",
-                "attributions, scalar_gradients: most pairs of each type [default: 64].",
+                "attributions, scalar_changes, scalar_gradients: most pairs of each type [default: 64].",
             ),
             (
                 "integrate",
@@ -68,7 +80,7 @@ def scalar_needs(dataset: str, options: Mapping[str, tuple[str, ...]]) -> list[N
             made = (
                 attribution_parameters(name, parameters, integrate=path, **pairs)
                 if dataset == ATTRIBUTIONS
-                else scalar_gradient_parameters(name, parameters, **pairs)
+                else _PLAIN[dataset](name, parameters, **pairs)
             )
             needs.append(Need(dataset, made))
     return [*needs, *([Need(UPDATE_NORMS)] if dataset == ATTRIBUTIONS else [])]

@@ -326,8 +326,8 @@ class RouteToScalarClosure(ClosureOrigin, ScalarPairReport):
         )
         lines = [
             f"{accounted(who, 2, best['r_squared'], what)} from step {results.steps[0]} to {results.steps[-1]}{where}: "
-            f"{best['num_observations']:,} changes of a pair over an interval, {actual} in the mean, predicted {predicted}, mean |residual| {residual}. It is a fit, not a "
-            "cause."
+            f"{best['num_observations']:,} changes of a pair over an interval, {actual} in the mean, predicted {predicted}, "
+            f"mean |residual| {residual}. It is a fit, not a cause."
         ]
         if len(rows) > 1:
             lines.append(
