@@ -95,14 +95,13 @@ class OutputComponentCausalValidation(ComponentDLAReport, EndpointReport):
             "causal_vs_dla_chart",
             "Does zeroing a component take away what its DLA says?",
             about="a point is a component at a step, means over pairs; on the dashed line both say the same",
-            label="label",
             color="component",
             color_title="component",
             panel="panel",
             panel_titles={
                 name.replace("_", " "): ("DLA", f"lost of {name.replace('_', ' ')}") for name in SCALAR_VALUES
             },
-            highlight=3,
+            highlight=0,
             diagonal=True,
         ),
         Bars(

@@ -180,6 +180,7 @@ class OutputRouteClosure(ComponentDLAReport):
         """The fits."""
         from .arrays.closures import fit_columns
 
+        self.require_interval(results)
         return fit_columns(self._fits(results))
 
     def _fits(self, results: Results) -> Iterator[tuple[dict[str, Any], Any, Any]]:

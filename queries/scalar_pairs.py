@@ -206,6 +206,10 @@ class ScalarPairReport(PairReport):
     def check(self, results: Results) -> None:
         """There must be an interval."""
         super().check(results)
+        self.require_interval(results)
+
+    def require_interval(self, results: Results) -> None:
+        """Raises ReportFailed for a single step; a report that fits something asks before it does."""
         if len(results.steps) < 2:
             raise ReportFailed(
                 f"{self.report_name()}: a change lies between two steps, and --steps {self.steps or 'all'} leaves "
