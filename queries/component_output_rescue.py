@@ -103,8 +103,9 @@ class ComponentOutputRescue(RescueReport):
     demo_options: ClassVar[Mapping[str, Any]] = {
         "source_component": ("L0H0", "L0H1"),
         "patch_component": ("L0MLP", "L1H0", "L1H1", "L1MLP"),
-        "patch_group": ("L1H0,L1H1", "L0MLP,L1H0,L1H1,L1MLP"),
+        "patch_group": ("L0MLP,L1H0,L1H1,L1MLP",),
         "pair_type": ("support_value",),
+        "max_pairs_per_type": 32,
     }
 
     @field_validator("patch_component")

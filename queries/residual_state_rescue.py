@@ -89,9 +89,10 @@ class ResidualStateRescue(RescueReport):
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
         "source_component": ("L0H0", "L0H1"),
-        "patch_stage": ("layer_0_post_mlp", "layer_1_post_attn"),
+        "patch_stage": ("layer_0_post_mlp",),
         "position_role": ("prediction", "support_key", "support_value"),
         "pair_type": ("support_value",),
+        "max_pairs_per_type": 32,
     }
 
     @field_validator("patch_stage", "position_role")

@@ -368,3 +368,22 @@ def test_a_source_that_does_harm(tmp_path):
         _, content, _, _ = written(lake, made_up(), tmp_path / "out")
     assert "taking L0H0 away raises `correct_value_logit` by **3** (10 → 13" in content["findings"][0]
     assert "the clean write of **L1MLP** gives back most of that, **66.7 %** (-2;" in content["findings"][1]
+
+
+def test_what_is_named_twice_counts_once_in_the_order_given():
+    asked = report(
+        source_component=("L0MLP", "L0H2", "L0MLP"),
+        patch_component=("L1MLP", "L1H1", "L1MLP"),
+        patch_group=("L1H1,L1H1", "L1H1"),
+    )
+    assert asked.source_component == ("L0MLP", "L0H2")
+    assert [(patch.source, patch.label) for patch in asked.patches] == [
+        (source, label) for source in ("L0MLP", "L0H2") for label in ("L1MLP", "L1H1")
+    ]
+    # The order in which sources are named is that of the rows, not of the spec.
+    assert (
+        asked.needs()
+        == report(
+            source_component=("L0H2", "L0MLP"), patch_component=("L1H1", "L1MLP"), patch_group=()
+        ).needs()
+    )
