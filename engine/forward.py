@@ -130,6 +130,13 @@ class Model(Protocol):
         """The heads of a layer on the whole stage they read, `Float[batch, position, d_model]`."""
         ...
 
+    def project(self, layer: int, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a layer at some places of the stage it reads, `Float[…, place, d_model]`.
+
+        `Float[…, place, head, d_head]` each, biases in, and any rotation by `position`, `Int[…, place]`.
+        """
+        ...
+
     def attention_write(self, layer: int, mixed: Tensor) -> Tensor:
         """What a layer's attention adds to the stream: W_O and its bias on `Float[…, head, d_head]`; `Float[…, d_model]`."""
         ...

@@ -182,16 +182,21 @@ class PreNormModel:
         return self.attention_write(layer, _at(heads.transpose(1, 2), places))
 
     def _heads(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries, keys and values, `Float[batch, position, 3, head, d_head]`, and what attention mixes of them, `Float[batch,
-        head, position, d_head]`."""
-        weights = self._weights
-        batch, length, _ = x.shape
-        qkv = functional.linear(
-            self.attention_norm(layer, x), weights.qkv[layer].flatten(0, 1), weights.qkv_bias[layer].flatten()
-        ).view(batch, length, 3, self.n_heads, self.d_head)
+        """Queries, keys and values, `Float[batch, position, 3, head, d_head]`, and what attention mixes of them.
+
+        That is `Float[batch, head, position, d_head]`.
+        """
+        qkv = self._project(layer, x)
         # Padding stands on the right, where no causal query sees it: the kernel needs no other mask.
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         return qkv, functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    def _project(self, layer: int, x: Tensor) -> Tensor:
+        """Queries, keys and values, `Float[…, 3, head, d_head]`, of `Float[…, d_model]`."""
+        weights = self._weights
+        return functional.linear(
+            self.attention_norm(layer, x), weights.qkv[layer].flatten(0, 1), weights.qkv_bias[layer].flatten()
+        ).view(*x.shape[:-1], 3, self.n_heads, self.d_head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `engine.forward.Model`, as for the methods that follow."""
@@ -204,6 +209,11 @@ class PreNormModel:
         qkv, mixed = self._heads(layer, x)
         query, key, value = qkv.unbind(2)
         return Attended(query, key, value, mixed.transpose(1, 2))
+
+    def project(self, layer: int, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; positions are in the stream already, and turn nothing."""
+        query, key, value = self._project(layer, x).unbind(-3)
+        return query, key, value
 
     def attention_write(self, layer: int, mixed: Tensor) -> Tensor:
         """W_O and its bias."""

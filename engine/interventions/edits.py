@@ -1,8 +1,8 @@
 """The edits of a stack of interventions, stage by stage.
 
 Axes: `run` interventions of the stack, `row` what goes through the model (a record, or an event where events of one record
-are edited apart), `event` a prediction. Up to the last attention a state is `Float[run, row, position, …]`, after it
-`Float[run, event, …]`: no position is read any more but those of the predictions.
+are edited apart), `event` a prediction. Up to the last attention a state is `Float[run, row, position, …]`, the positions
+those of the record or of a window, after it `Float[run, event, …]`: no position is read any more but the predictions.
 """
 
 from __future__ import annotations
@@ -87,15 +87,23 @@ class Stack:
     """`Bool[run, row]`, then `Bool[run, event]`: rows that may differ from the untouched run."""
     ended: bool = False
     """Whether the last attention is done."""
+    window: Tensor | None = None
+    """`Int[event, place]`: the positions that are followed where events are apart, see `window`; None for all."""
 
     @classmethod
     def of(
-        cls, interventions: Sequence[Intervention], apart: bool, union: bool, records: Records, ended: bool
+        cls,
+        interventions: Sequence[Intervention],
+        apart: bool,
+        union: bool,
+        records: Records,
+        ended: bool,
+        window: Tensor | None,
     ) -> Stack:
         """A stack in which nothing has changed yet."""
         rows = len(records.row) if apart or ended else len(records.distinct)
         changed = torch.zeros(len(interventions), rows, dtype=torch.bool, device=records.row.device)
-        return cls(interventions, apart, union, records, changed, ended)
+        return cls(interventions, apart, union, records, changed, ended, window)
 
     @property
     def row(self) -> Tensor:
@@ -107,7 +115,9 @@ class Stack:
         )
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """`[record, …]` as `[row, …]`."""
+        """`[record, position, …]` as `[row, position, …]`."""
+        if self.window is not None:
+            return x[self.records.row[:, None], self.window.clamp(min=0)]
         return x.index_select(0, self.records.row) if self.apart else x
 
     def repeat(self, x: Tensor) -> Tensor:
@@ -116,7 +126,13 @@ class Stack:
 
     def at_predictions(self, x: Tensor) -> Tensor:
         """`[run, row, position, …]` as `[run, event, …]`."""
+        if self.window is not None:
+            return x[:, :, -1]
         return x[:, self.row, self.records.prediction]
+
+    def places(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Index of positions of rows, `Int[place]` each, in a state before the last attention is done."""
+        return (row, position) if self.window is None else (row, position - self.window[row, 0])
 
     def end(self) -> None:
         """The last attention is done: rows are events from here on."""
@@ -138,11 +154,11 @@ class Stack:
 
 
 def edit_heads(
-    stack: Stack, stage: str, model: Model, attended: Attended, mixed: Tensor, clean: Attended
+    stack: Stack, stage: str, model: Model, attended: Attended | None, mixed: Tensor, clean: Attended
 ) -> Tensor:
     """What heads mix, `Float[run, row, position, head, d_head]` or at the predictions, with the edits of a layer.
 
-    `attended` is of the whole stack, `clean` of the untouched records.
+    `attended` is of the whole stack, None within a window, where no head is made to attend; `clean` of the untouched run.
     """
     edits = list(stack.edits(stage, model))
     held = [of for of in edits if of[1] is not None]
@@ -163,6 +179,7 @@ def edit_heads(
                 of.copy_(stack.rows_of(untouched))
             continue
         elif isinstance(edit, Attend | ShuffleValues):
+            assert attended is not None
             heads = [
                 part[run].select(-2, component.index)
                 for part in (attended.query, attended.key, attended.value)
@@ -295,7 +312,9 @@ def _places(stack: Stack, edit: StageEdit) -> tuple[Tensor, ...]:
         together = torch.zeros_like(records.distinct, dtype=torch.bool)
         together[records.row[event], position] = True
         held = together[records.row] if stack.ended else together
-    return (events[held[events, records.prediction]],) if stack.ended else held.nonzero(as_tuple=True)
+    if stack.ended:
+        return (events[held[events, records.prediction]],)
+    return stack.places(*held.nonzero(as_tuple=True))
 
 
 def _from_counterpart(
@@ -324,4 +343,4 @@ def _from_counterpart(
     if stack.ended:
         kept = position == stack.records.prediction[event]
         return (event[kept],), source[kept]
-    return (stack.row[event], position), source
+    return stack.places(stack.row[event], position), source

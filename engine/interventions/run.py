@@ -17,6 +17,7 @@ from ..scalars import Records
 from .clean import clean_run
 from .edits import Bases, Counterpart, Stack, edit_heads, edit_mlp, edit_stage
 from .spec import CLEAN, Intervention, Restore, StageEdit
+from .window import attend_window, window_of
 
 # Tokens of a stack: a layer's activations stay in cache, and small stacks do not pay for every operation.
 _TOKENS = 8192
@@ -97,22 +98,23 @@ class Engine:
 
     def _stacks(self, interventions: Sequence[Intervention]) -> Iterator[tuple[list[int], int, Stack]]:
         """Where each of a stack stands among all, the place of the stage at which it begins, and the stack."""
-        by_kind: dict[tuple[int, bool], list[int]] = {}
+        by_kind: dict[tuple[int, bool, tuple[str, ...]], list[int]] = {}
         for at, of in enumerate(interventions):
             start = self._start(of)
             if start is not None:
                 # What the last attention reads is the same for all events of a record until something before it changes.
                 apart = bool(of.roles) and not self._union and start < self._last_attention
-                by_kind.setdefault((start, apart), []).append(at)
+                by_kind.setdefault((start, apart, _windowed(of) if apart else ()), []).append(at)
         records = self._records
-        for (start, apart), held in sorted(by_kind.items()):
+        for (start, apart, roles), held in sorted(by_kind.items()):
             ended = start > self._last_attention
-            tokens = records.tokens if apart else records.distinct
+            window = window_of(records, roles) if roles else None
+            tokens = window if window is not None else records.tokens if apart else records.distinct
             size = max(1, _TOKENS // (len(records.row) if ended else tokens.numel()))
             for first in range(0, len(held), size):
                 part = held[first : first + size]
                 chosen = [interventions[at] for at in part]
-                yield part, start, Stack.of(chosen, apart, self._union, records, ended)
+                yield part, start, Stack.of(chosen, apart, self._union, records, ended, window)
 
     def _start(self, intervention: Intervention) -> int | None:
         """Place of the first stage that can differ; None where nothing does: what is put back changes nothing by itself."""
@@ -157,22 +159,33 @@ class Engine:
             write = edit_mlp(stack, stage, model, index // 2 - 1, h, self._clean, first)
             return h + write, self._seen([write], stack)
         layer = index // 2
-        clean = self._clean.attended[layer]
-        if first:
-            attended = Attended(*(stack.repeat(stack.rows_of(of)) for of in _parts_of(clean)))
-        else:
-            runs, rows = h.shape[:2]
-            found = model.attend(layer, h.flatten(0, 1))
-            attended = Attended(*(of.reshape(runs, rows, *of.shape[1:]) for of in _parts_of(found)))
-        mixed = attended.mixed
-        if index == self._last_attention:
+        last = index == self._last_attention
+        attended, mixed = self._attend(layer, h, stack, first, last)
+        if last:
             h, mixed = stack.at_predictions(h), stack.at_predictions(mixed)
             stack.end()
-        mixed = edit_heads(stack, stage, model, attended, mixed, clean)
+        mixed = edit_heads(stack, stage, model, attended, mixed, self._clean.attended[layer])
         written = []
         if self._wants_parts:
             written = self._head_parts(layer, mixed if stack.ended else stack.at_predictions(mixed))
         return h + model.attention_write(layer, mixed), written
+
+    def _attend(
+        self, layer: int, h: Tensor, stack: Stack, first: bool, last: bool
+    ) -> tuple[Attended | None, Tensor]:
+        """A layer's heads on the stage before them, and what they mix; within a window that alone."""
+        clean = self._clean.attended[layer]
+        if stack.window is not None:
+            if first:
+                return None, stack.repeat(stack.rows_of(clean.mixed))
+            row = self._records.row
+            return None, attend_window(self._model, layer, h, stack.window, clean, row, last)
+        if first:
+            attended = Attended(*(stack.repeat(stack.rows_of(of)) for of in _parts_of(clean)))
+        else:
+            found = self._model.attend(layer, h.flatten(0, 1))
+            attended = Attended(*(of.reshape(*h.shape[:2], *of.shape[1:]) for of in _parts_of(found)))
+        return attended, attended.mixed
 
     def _seen(self, writes: list[Tensor], stack: Stack) -> list[Tensor]:
         """Parts at the predictions; none unless they are wanted."""
@@ -221,6 +234,14 @@ class Engine:
                 self._counterpart, dict(zip(self._model.stages, found.stages, strict=True))
             )
         return self._other
+
+
+def _windowed(intervention: Intervention) -> tuple[str, ...]:
+    """Roles before whose first position nothing changes; none where something may change at every position."""
+    for edit in intervention.edits:
+        if not isinstance(edit, Restore) and not (isinstance(edit, StageEdit) and edit.position_role):
+            return ()
+    return tuple(sorted(intervention.roles))
 
 
 def _parts_of(of: Attended) -> tuple[Tensor, Tensor, Tensor, Tensor]:

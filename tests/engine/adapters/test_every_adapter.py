@@ -97,6 +97,12 @@ def test_queries_keys_and_values_are_the_heads_reading_of_their_input(family, ca
         for letter, found in zip("QKV", (captured.queries, captured.keys, captured.values), strict=True):
             weight, bias = model.head_weights[f"W_{letter}"][layer], model.head_weights[f"b_{letter}"][layer]
             close(found[layer], torch.einsum("btd,hed->bhte", read, weight) + bias[:, None])
+        at = torch.tensor([3, 1])
+        some = model.project(
+            layer, captured.stages[input_stage(layer)][:, at], at.expand(len(family.tokens), 2)
+        )
+        for alone, found in zip(some, (captured.queries, captured.keys, captured.values), strict=True):
+            close(alone.transpose(1, 2), found[layer][:, :, at])
         probabilities = attention_of(model, captured.queries[layer], captured.keys[layer])
         close(captured.mixed[layer], probabilities @ captured.values[layer].double())
     close(model.final_norm(captured.stages[f"layer_{family.n_layers - 1}_post_mlp"]), captured.final)
