@@ -115,7 +115,7 @@ SELECT
     CASE WHEN b.subspace LIKE 'head%' THEN 'head_singular_vectors' ELSE 'embedding_identity' END AS subspace_type,
     b.rank AS selected_rank, b.available_rank, s.d_model AS ambient_dim, b.singular_values[1:b.rank] AS singular_values,
     'cpu' AS basis_svd_device,
-    regexp_extract(b.subspace, 'embedding_(key|value)_identity', 1) AS token_class,
+    CASE b.subspace WHEN 'embedding_key_identity' THEN 'key' WHEN 'embedding_value_identity' THEN 'value' END AS token_class,
     CASE b.subspace WHEN 'embedding_key_identity' THEN s.num_keys WHEN 'embedding_value_identity' THEN s.num_values END
         AS num_tokens,
     CASE WHEN b.subspace LIKE 'head_qk%' THEN 'QK' WHEN b.subspace LIKE 'head_ov%' THEN 'OV' END AS matrix,
