@@ -21,9 +21,12 @@ ORDER BY observation, label
 -- arrays: fits
 
 -- view: deltas
-SELECT observation AS closure, map_from_entries(list((label, value) ORDER BY label)) AS route_score_deltas
-FROM features
-GROUP BY observation
+SELECT
+  source_step, target_step, pair_id,
+  map_from_entries(
+    list_filter(list_zip(labels, deltas), lambda of: $all_labels OR list_contains($route_label_wanted, of[1]))
+  ) AS route_score_deltas
+FROM closures
 
 -- view: predictions
 SELECT switch_bucket, unnest(observations) AS observation, unnest(predicted) AS predicted FROM fits
@@ -37,8 +40,7 @@ SELECT
   c.target_scalar - c.source_scalar - p.predicted AS closure_residual
 FROM predictions AS p
 JOIN changes AS c USING (observation)
-JOIN closures AS k USING (source_step, target_step, pair_id)
-JOIN deltas AS d USING (closure)
+JOIN deltas AS d USING (source_step, target_step, pair_id)
 ORDER BY c.observation, list_position($switch_bucket, p.switch_bucket)
 
 -- rows: coefficient_rows
