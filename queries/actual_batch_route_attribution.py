@@ -101,6 +101,7 @@ class ActualBatchRouteAttribution(ActualBatchReport, SeveralRoutes):
             "point = 'source' AND slice_kind = 'parameter' GROUP BY ALL ORDER BY abs(support) DESC LIMIT 20",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (8, 4)
     example: ClassVar[str] = (
         "lakebed query actual-batch-route-attribution --lake demo.lake --run demo --steps 32:64 --route "
         "'label=L1H1_qk_query,stage=layer_0_post_mlp,subspace=head_qk_query,rank=4,head=L1H1,position_role=query_key' "

@@ -167,6 +167,7 @@ class AdamStateGeometryReport(IntervalOptions):
     )
     demo_steps: ClassVar[Literal["states", "checkpoints", "window"]] = "window"
     demo_options: ClassVar[Mapping[str, Any]] = {"checkpoint_stride": 8}
+    place: ClassVar[tuple[int, int]] = (8, 2)
     example: ClassVar[str] = (
         "lakebed query adam-state-geometry-report --lake demo.lake --run demo --steps 20:24 --target L1H0.W_QK "
         "--target L1H0.W_OV --out geometry"

@@ -82,6 +82,7 @@ class AnswerScalarResidualDiagnosis(ScalarPairReport):
             "events DESC LIMIT 10",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (10, 1)
     example: ClassVar[str] = (
         "lakebed query answer-scalar-residual-diagnosis --lake demo.lake --run demo --steps 0:1300:130 "
         "--pair-type support_value --margin-side clean --out scalars"

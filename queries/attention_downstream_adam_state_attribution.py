@@ -124,6 +124,7 @@ class AttentionDownstreamAdamStateAttribution(TracedReport, DownstreamOptions):
             "'__all__' AND point = 'source' GROUP BY ALL ORDER BY abs(momentum) DESC LIMIT 20",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (8, 9)
     example: ClassVar[str] = (
         "lakebed query attention-downstream-adam-state-attribution --lake demo.lake --run demo --steps 32:64 --head L1H1 "
         "--score-query-role prediction --support-key-role support_key --distractor-key-role key_distractors "

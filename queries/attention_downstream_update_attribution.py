@@ -136,6 +136,7 @@ class AttentionDownstreamUpdateAttribution(DecomposedReport, DownstreamOptions):
             "'__all__' AND point = 'source' GROUP BY ALL ORDER BY scalar, abs(contribution) DESC",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (8, 8)
     example: ClassVar[str] = (
         "lakebed query attention-downstream-update-attribution --lake demo.lake --run demo --head L1H1 --score-query-role "
         "prediction --support-key-role support_key --distractor-key-role key_distractors --record-side clean --pair-type "

@@ -193,6 +193,7 @@ class AttentionGeometryTrace(ProbeReport):
             "'support_value' WHERE a.run = $run GROUP BY 1 ORDER BY 1",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (1, 1)
     example: ClassVar[str] = (
         "lakebed query attention-geometry-trace --lake demo.lake --run demo --steps 250:5500 --top-k-tokens 8 "
         "--top-k-plot-heads 12 --out geometry"

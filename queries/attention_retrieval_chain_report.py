@@ -124,6 +124,7 @@ class AttentionRetrievalChainReport(PairOptions, HeadReport):
             "query_role = 'prediction' AND step = (SELECT max(step) FROM head_writes) GROUP BY ALL ORDER BY dla DESC",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (7, 2)
     example: ClassVar[str] = (
         "lakebed query attention-retrieval-chain-report --lake demo.lake --run demo --head L1H0 "
         "--support-key-role support_value --distractor-key-role value_distractors --pair-type support_value "

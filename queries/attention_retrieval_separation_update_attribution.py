@@ -155,6 +155,7 @@ class AttentionRetrievalSeparationUpdateAttribution(DecomposedReport, Separation
             "BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (7, 1)
     example: ClassVar[str] = (
         "lakebed query attention-retrieval-separation-update-attribution --lake demo.lake --run demo --head L1H1 "
         "--score-query-role prediction --support-key-role support_key --distractor-key-role key_distractors --record-side "

@@ -128,6 +128,7 @@ class BilinearQKMatchSeparation(HeadReport, WindowOptions):
             "FROM attention_patterns) AND p.role IN ('support_value', 'value_distractors')) GROUP BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (5, 1)
     example: ClassVar[str] = (
         "lakebed query bilinear-qk-match-separation --lake demo.lake --run demo --head L1H0 "
         "--context-stage layer_0_post_mlp --support-role support_value --distractor-role value_distractors --rank 8 "

@@ -128,6 +128,7 @@ class BilinearQKRankActualBatchAttribution(ActualBatchReport, QKRankOptions):
             "point = 'source' AND slice_kind = 'parameter' GROUP BY ALL ORDER BY abs(support) DESC LIMIT 20",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (8, 3)
     example: ClassVar[str] = (
         "lakebed query bilinear-qk-rank-actual-batch-attribution --lake demo.lake --run demo --steps 32:64 --head L1H1 "
         "--rank 4 --context-stage layer_0_post_mlp --score-query-role prediction --support-key-role support_key "

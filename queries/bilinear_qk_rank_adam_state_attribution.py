@@ -81,6 +81,7 @@ class BilinearQKRankAdamStateAttribution(TracedReport, QKRankOptions):
             "LIMIT 20",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (8, 5)
     example: ClassVar[str] = (
         "lakebed query bilinear-qk-rank-adam-state-attribution --lake demo.lake --run demo --steps 32:64 --head "
         "L1H1 --rank 4 "

@@ -115,6 +115,7 @@ class BilinearQKRankUpdateAttribution(DecomposedReport, QKRankOptions):
             "'__all__' AND slice_kind = 'parameter' AND point = 'source' GROUP BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (6, 2)
     example: ClassVar[str] = (
         "lakebed query bilinear-qk-rank-update-attribution --lake demo.lake --run demo --head L1H1 --rank 4 "
         "--context-stage "

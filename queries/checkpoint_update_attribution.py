@@ -107,6 +107,7 @@ class CheckpointUpdateAttribution(DecomposedReport, RouteReport):
             "AND quantity = 'value' GROUP BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (6, 1)
     example: ClassVar[str] = (
         "lakebed query checkpoint-update-attribution --lake demo.lake --run demo --stage layer_0_post_mlp --subspace "
         "head_qk_query --rank 4 --head L1H1 --position-role query_key --pair-type query_key --out route-updates"

@@ -96,6 +96,7 @@ class ComponentOutputRescue(RescueReport):
             "intervention_runs WHERE run = $run AND intervention LIKE 'without %' GROUP BY ALL ORDER BY step DESC, margin",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (11, 5)
     example: ClassVar[str] = (
         "lakebed query component-output-rescue --lake demo.lake --run demo --steps 0:1300:130,last --source-component L0H0 "
         "--patch-component L1H0 --patch-component L1H1 --patch-group L0MLP,L1H1 --pair-type support_value --out write-rescue"

@@ -120,6 +120,7 @@ class ContextualKeySeparability(ContextualReport, WindowOptions):
             "USING (run, probe, example) WHERE run = $run AND a.position = e.prediction_position GROUP BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (4, 1)
     example: ClassVar[str] = (
         "lakebed query contextual-key-separability --lake demo.lake --run demo --head L1H0 --context-stage layer_0_post_mlp "
         "--projection-rank 8 --include-full-residual --permutations 200 --out separability"

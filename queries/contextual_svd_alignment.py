@@ -126,6 +126,7 @@ class ContextualSVDAlignment(ContextualReport):
             "singular_values) GROUP BY ALL ORDER BY 2",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (4, 2)
     example: ClassVar[str] = (
         "lakebed query contextual-svd-alignment --lake demo.lake --run demo --head L1H0 --context-stage layer_0_post_mlp "
         "--role prediction --role-spec support_value:position_role=support_value --plot-left-role prediction "

@@ -148,6 +148,7 @@ class GeometrySubspaceIntervention(ProbeReport):
             "intervention_subspaces WHERE run = $run AND subspace <> 'random' ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (9, 4)
     example: ClassVar[str] = (
         "lakebed query geometry-subspace-intervention --lake demo.lake --run demo --steps 0:1300:130 --stage "
         "layer_1_post_mlp --subspace embedding_value_identity --rank 8 --operation remove --position-role "

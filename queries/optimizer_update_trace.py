@@ -106,6 +106,7 @@ class OptimizerUpdateTrace(Report):
             "AND a.parameter = 'blocks.0.attn.q_proj.weight' AND a.step < 20 GROUP BY a.step ORDER BY a.step",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (8, 1)
     example: ClassVar[str] = (
         "lakebed query optimizer-update-trace --lake demo.lake --run demo --steps 1:6000 --top-k-parameters 40 --out updates"
     )

@@ -135,6 +135,7 @@ class OutputComponentCausalValidation(ComponentDLAReport, EndpointReport):
             "'answer_log_prob' GROUP BY ALL ORDER BY step, lost DESC",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (11, 2)
     example: ClassVar[str] = (
         "lakebed query output-component-causal-validation --lake demo.lake --run demo --steps 0:1300:130 --pair-type "
         "support_value --component L1H1 --component L1MLP --component L0MLP --out validation"

@@ -127,6 +127,7 @@ class OutputMediatedCausalDecomposition(ComponentDLAReport, EndpointReport):
             "step = (SELECT max(step) FROM intervention_components) GROUP BY ALL ORDER BY component, intervention",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (11, 3)
     example: ClassVar[str] = (
         "lakebed query output-mediated-causal-decomposition --lake demo.lake --run demo --steps 0:1300:130 --pair-type "
         "support_value --source-component L0H1 --downstream-component L1H1 --downstream-component L1MLP --out mediated"

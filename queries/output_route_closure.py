@@ -139,6 +139,7 @@ class OutputRouteClosure(ComponentDLAReport):
             "intervention = 'clean' GROUP BY spec, probe, step, event) GROUP BY step ORDER BY step",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (11, 1)
     example: ClassVar[str] = (
         "lakebed query output-route-closure --lake demo.lake --run demo --steps 0:1300:130 --pair-type support_value "
         "--scalar fixed_source_competitor_margin --scalar negative_answer_loss --switch-bucket all --out closure"

@@ -163,6 +163,7 @@ class OVWriteProgressReport(PairOptions):
             "step = (SELECT max(step) FROM write_conditions WHERE run = $run) GROUP BY ALL ORDER BY margin DESC LIMIT 12",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (8, 7)
     example: ClassVar[str] = (
         "lakebed query ov-write-progress-report --lake demo.lake --run demo --head L0H0 --head L1H1 --score-query-role "
         "prediction --support-key-role support_value --distractor-key-role value_distractors --record-side clean "

@@ -168,6 +168,7 @@ class PathLogitDecomposition(ProbeReport):
             "interventions WHERE run = $run AND scalar = 'value_margin' GROUP BY intervention ORDER BY drop DESC",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (1, 2)
     example: ClassVar[str] = (
         "lakebed query path-logit-decomposition --lake demo.lake --run demo --steps 250:5500 --ablation-top-k 8 "
         "--ablation-step 5250 --ablation-step 5500 --top-k-plot-components 16 --out logits"

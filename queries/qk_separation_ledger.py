@@ -116,6 +116,7 @@ class QKSeparationLedger(TracedReport):
             "'__all__' AND pair_type = '__all__' AND point = 'source' GROUP BY spec, scalar_head ORDER BY change DESC",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (8, 6)
     example: ClassVar[str] = (
         "lakebed query qk-separation-ledger --lake demo.lake --run demo --steps 32:64 --head L0H0 --head L0H1 "
         "--head L1H0 "

@@ -70,6 +70,8 @@ class Report(BaseModel):
     charts: ClassVar[Sequence[Chart]] = ()
     how_to_read: ClassVar[Sequence[str]] = ()
     next_queries: ClassVar[Sequence[tuple[str, str]]] = ()
+    # Where it stands in the story of `queries/index.py`: chapter, and place in it.
+    place: ClassVar[tuple[int, int]] = (99, 1)
     example: ClassVar[str] = ""
     # Options of the report in `lakebed demo`, for those that have required ones.
     demo_options: ClassVar[Mapping[str, Any]] = {}

@@ -82,6 +82,7 @@ class ResidualStateRescue(RescueReport):
             "BY ALL ORDER BY margin",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (11, 4)
     example: ClassVar[str] = (
         "lakebed query residual-state-rescue --lake demo.lake --run demo --steps 0:1300:130,last --source-component L0H0 "
         "--patch-stage layer_0_post_mlp --patch-stage layer_1_post_attn --position-role support_value --position-role "

@@ -156,6 +156,7 @@ class RouteCompetitionReport(SeveralRoutes):
             "ORDER BY abs(support) DESC LIMIT 20",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (2, 1)
     example: ClassVar[str] = (
         "lakebed query route-competition-report --lake demo.lake --run demo --train-probe train-probe --route "
         "'label=L1H1_qk_query,stage=layer_0_post_mlp,subspace=head_qk_query,rank=4,head=L1H1,position_role=query_key' "

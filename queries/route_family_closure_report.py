@@ -122,6 +122,7 @@ class RouteFamilyClosureReport(ClosureRowsOptions):
             "GROUP BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (10, 3)
     example: ClassVar[str] = (
         "lakebed query route-family-closure-report --lake demo.lake --run demo --route-closure-rows "
         "margin-closure/route_to_margin_closure_rows.jsonl --family label=qk,route=L1H1_qk_query --family "

@@ -141,6 +141,7 @@ class RouteToMarginClosure(RouteClosure):
             "'value' AND s.parameters->>'$.probe' = p.probe GROUP BY ALL ORDER BY r_squared DESC",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (10, 2)
     example: ClassVar[str] = (
         "lakebed query route-to-margin-closure --lake demo.lake --run demo --route "
         "label=L1H1_qk_query,stage=layer_0_post_mlp,subspace=head_qk_query,rank=4,head=L1H1,position_role=query_key --route "

@@ -127,6 +127,7 @@ class RouteToScalarClosure(ClosureOrigin, ScalarPairReport):
             "margin FROM intervention_runs WHERE run = $run AND intervention = 'clean' GROUP BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (10, 4)
     example: ClassVar[str] = (
         "lakebed query route-to-scalar-closure --lake demo.lake --run demo --steps 0:1300:130 --pair-type query_key "
         "--pair-type support_value --route-closure-rows margin-closure/route_to_margin_closure_rows.jsonl --scalar "

@@ -114,6 +114,7 @@ class ValueCodeSubspaceReport(ValueCodeReport):
             "WHERE run = $run GROUP BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (9, 1)
     example: ClassVar[str] = (
         "lakebed query value-code-subspace-report --lake demo.lake --run demo --stage layer_0_post_mlp "
         "--stage layer_1_post_mlp --position-role prediction --position-role support_value --group-by answer_value "

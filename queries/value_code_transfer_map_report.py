@@ -91,6 +91,7 @@ class ValueCodeTransferMapReport(ValueCodeTransferReport):
             "SELECT step, stage, avg(value_margin) AS value_margin FROM readouts WHERE run = $run GROUP BY ALL ORDER BY ALL",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (9, 2)
     example: ClassVar[str] = (
         "lakebed query value-code-transfer-map-report --lake demo.lake --run demo --source-stage layer_0_post_mlp "
         "--target-stage layer_1_post_mlp --source-position-role support_value --target-position-role prediction "

@@ -133,6 +133,7 @@ class ValueCodeTransferRescue(ValueCodeTransferReport):
             "basis_role = 'target_value_identity' ORDER BY spec, step",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (9, 3)
     example: ClassVar[str] = (
         "lakebed query value-code-transfer-rescue --lake demo.lake --run demo --source-stage layer_0_post_mlp "
         "--target-stage layer_1_post_mlp --source-position-role support_value --target-position-role prediction "

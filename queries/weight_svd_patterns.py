@@ -167,6 +167,7 @@ class WeightSVDPatterns(Report):
             "ORDER BY overlap DESC",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (3, 2)
     example: ClassVar[str] = (
         "lakebed query weight-svd-patterns --lake demo.lake --run demo --steps 250:5500 --max-vector-rank 16 "
         "--markdown-top-k 24 --out patterns"

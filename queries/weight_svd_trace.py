@@ -98,6 +98,7 @@ class WeightSVDTrace(Report):
             "AND rank = 1 AND side = 'left' ORDER BY step",
         ),
     )
+    place: ClassVar[tuple[int, int]] = (3, 1)
     example: ClassVar[str] = (
         "lakebed query weight-svd-trace --lake demo.lake --run demo --steps 250:5500 --max-singular-values 16 "
         "--top-vector-ranks 16 --out svd"
