@@ -29,7 +29,7 @@ def grid(*sizes: int) -> list[Array]:
 
 def flat(values: Tensor) -> Array:
     """The cells of a tensor, last axis fastest."""
-    array: Array = values.contiguous().reshape(-1).numpy()
+    array: Array = values.contiguous().reshape(-1).cpu().numpy()
     return array
 
 

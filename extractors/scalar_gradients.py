@@ -58,17 +58,17 @@ class ScalarGradientsExtractor(dataset.Extractor):
         probes: dict[str, ProbeData] = {
             side: probe_of(context, side_probe(self.selection.probe, side)) for side in self.scalar.sides
         }
-        model = context.adapter().load_model(weights, "cpu")
+        model = context.adapter().load_model(weights, context.device)
         for data in probes.values():
             data.require_fit(model)
         task = Task(self.scalar, cells=1)
-        batches = [PairBatch(batch.pairs, 0) for batch in pairs.batches(probes, "cpu")]
+        batches = [PairBatch(batch.pairs, 0) for batch in pairs.batches(probes, context.device)]
         measure(model, weights, batches, [task])
         gradients = combine(task.gradients, torch.ones(1, 1, dtype=torch.float64) / task.weight.sum())
         for name, weight in weights.items():
             of = gradients[name][0] if name in gradients else torch.zeros_like(weight)
             context.write_tensor(
-                writer, SCALAR_GRADIENTS, f"{spec}/{name}", state.step, of.detach().float().numpy()
+                writer, SCALAR_GRADIENTS, f"{spec}/{name}", state.step, of.detach().float().cpu().numpy()
             )
         named = {"value": task.value, **task.quantities}
         head = self.scalar.head_of

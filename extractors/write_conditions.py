@@ -91,7 +91,7 @@ class WriteConditionsExtractor(dataset.Extractor):
     def extract(self, context: dataset.Context, state: State, writer: UnitWriter) -> None:
         """Writes one step. Raises NothingToShuffle, ScalarError for a role without a place, and CaptureError."""
         held = self._prepare(context)
-        model = context.adapter().load_model(state.weights, "cpu")
+        model = context.adapter().load_model(state.weights, context.device)
         held.probe.require_fit(model)
         parts = []
         for batch in held.batches:
@@ -101,7 +101,9 @@ class WriteConditionsExtractor(dataset.Extractor):
             parts.append(heads_at_query(model, records, PairPass(passed, records.row), self.roles))
         heads = HeadsAtQuery.join(parts)
         try:
-            writes, answers = condition_writes(model, heads, held.choices, torch.from_numpy(held.partner))
+            writes, answers = condition_writes(
+                model, heads, held.choices, torch.from_numpy(held.partner).to(context.device)
+            )
         except CaptureError as error:
             raise CaptureError(f"step {state.step} of run {context.run!r}: {error}") from error
         self._write(writer, state.step, held, heads, writes, answers)
@@ -115,8 +117,8 @@ class WriteConditionsExtractor(dataset.Extractor):
                 context,
                 pairs,
                 probe,
-                pairs.batches({self.record_side: probe}, "cpu"),
-                _pair_choices(probe, events),
+                pairs.batches({self.record_side: probe}, context.device),
+                _pair_choices(probe, events, context.device),
                 shuffle_partners(pairs),
             )
         return self._prepared
@@ -186,7 +188,7 @@ def _answer_columns(held: _Prepared, heads: HeadsAtQuery, answers: Answers) -> d
         "best_wrong_logit": flat(read.best_wrong_logit),
         # Candidates ascend, and so do the competitors of an event.
         "competitor_logits": lists(
-            answers.candidate_logits[competes].numpy(), competes.sum(-1).numpy().astype(np.int32)
+            answers.candidate_logits[competes].cpu().numpy(), competes.sum(-1).cpu().numpy().astype(np.int32)
         ),
         "answer_log_prob": flat(read.answer_log_prob),
         "best_token": flat(read.best_token.int()),
@@ -214,11 +216,11 @@ def shuffle_partners(pairs: PairSet) -> Integers:
     return partner
 
 
-def _pair_choices(probe: ProbeData, events: Integers) -> Choices:
+def _pair_choices(probe: ProbeData, events: Integers, device: str) -> Choices:
     """Answer and competitors of each pair; several pairs may be of one event."""
     distinct, place = np.unique(events, return_inverse=True)
-    of = event_choices(probe, distinct, "cpu")
-    rows = torch.from_numpy(place)
+    of = event_choices(probe, distinct, device)
+    rows = torch.from_numpy(place).to(device)
     return Choices(of.candidates, of.answer[rows], of.wrong[rows])
 
 
