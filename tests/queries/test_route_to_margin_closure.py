@@ -8,6 +8,7 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+from lakebed.engine.scalars import ScalarError
 from lakebed.extractors.plan import extract
 from lakebed.lake import Lake, Unit
 from lakebed.lake.datasets import READOUTS, SCALAR_CHANGES
@@ -322,6 +323,31 @@ def test_what_the_lake_lacks_is_named(lake, tmp_path, options, error, message):
         run_report(lake, margin_report(**options), tmp_path / "out", chart_formats=[])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_role": "key_distractors"}, "Intervention positions must be in the causal prefix"),
+        (
+            {"position_role": "causal_prefix"},
+            "clean and .* corrupted positions in pair .* they are patched one to one",
+        ),
+        ({"subspace": "embedding_key_identity,rank=99"}, "rank 99"),
+    ],
+)
+def test_what_only_the_records_and_weights_can_tell_is_refused_when_they_are_read(lake, change, message):
+    given = {
+        "label": "a",
+        "stage": "embedding",
+        "subspace": "full_residual",
+        "position_role": "query_key",
+        **change,
+    }
+    asked = margin_report(route=(",".join(f"{key}={value}" for key, value in given.items()),))
+    with pytest.raises(ScalarError, match=message) as caught:
+        extract(lake, RUN, asked.needs(), "34,36")
+    assert "\n" not in str(caught.value)
 
 
 def test_more_parameters_than_observations_are_refused(lake, tmp_path):
