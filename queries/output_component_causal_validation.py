@@ -141,7 +141,7 @@ class OutputComponentCausalValidation(ComponentDLAReport, EndpointReport):
         "support_value --component L1H1 --component L1MLP --component L0MLP --out validation"
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
-        "pair_type": ("support_value", "query_key"),
+        "pair_type": ("support_value",),
         "component": ("L0H0", "L0H1", "L0MLP", "L1H0", "L1H1", "L1MLP"),
     }
 

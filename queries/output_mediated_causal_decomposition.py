@@ -133,7 +133,7 @@ class OutputMediatedCausalDecomposition(ComponentDLAReport, EndpointReport):
         "support_value --source-component L0H1 --downstream-component L1H1 --downstream-component L1MLP --out mediated"
     )
     demo_options: ClassVar[Mapping[str, Any]] = {
-        "pair_type": ("support_value", "query_key"),
+        "pair_type": ("support_value",),
         "source_component": ("L0H0", "L0H1", "L0MLP"),
         "downstream_component": ("L1H0", "L1H1", "L1MLP"),
     }

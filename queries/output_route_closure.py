@@ -144,7 +144,7 @@ class OutputRouteClosure(ComponentDLAReport):
         "lakebed query output-route-closure --lake demo.lake --run demo --steps 0:1300:130 --pair-type support_value "
         "--scalar fixed_source_competitor_margin --scalar negative_answer_loss --switch-bucket all --out closure"
     )
-    demo_options: ClassVar[Mapping[str, Any]] = {"pair_type": ("support_value", "query_key")}
+    demo_options: ClassVar[Mapping[str, Any]] = {"pair_type": ("support_value",)}
 
     @field_validator("component")
     @classmethod
