@@ -124,7 +124,8 @@ class GeometrySubspaceIntervention(ProbeReport):
         "Compare with the random control: the same operation with a random subspace of the same rank. "
         "Removing any r of d directions costs something, and keeping any r of d costs nearly everything; "
         "what counts is `excess_margin_drop_mean`, for `remove` above zero (needed), for `keep` below "
-        "(sufficient).",
+        "(sufficient). The LayerNorms after it stretch what little is kept, so that a wrong answer may stand far "
+        "ahead: read margins beside accuracy.",
         "`single_query` changes only the positions of the query that is measured. `batch_union` changes "
         "those of every query of the record in one run, so that a query also feels what is done for the "
         "others; `patched_positions` lists its own.",
@@ -320,6 +321,8 @@ def _beside_random(last: Mapping[str, Any], count: int, operation: str) -> str:
         return f"{compared}. How far random subspaces differ among themselves, `--num-controls 8` tells."
     if abs(excess) <= 2 * last["random_margin_drop_std"]:
         return f"{compared}, which is within what random subspaces differ by."
+    if excess * (last["accuracy_drop"] - last["random_accuracy_drop"]) < 0:
+        return f"{compared}. In accuracy it is the other way round: read both."
     meaning = {
         ("remove", True): "the answer needs what lies in it",
         ("remove", False): "the answer needs it less than others",

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from altair.utils.schemapi import validate_jsonschema
+from altair.vegalite.v6.schema.core import load_schema
 from lakebed.engine.scalars import ScalarError
 from lakebed.engine.subspaces import SubspaceError
 from lakebed.extractors.plan import extract
 from lakebed.lake import Lake
 from lakebed.lake.errors import MissingData, UnknownName
+from lakebed.queries.drawing import specification
 from lakebed.queries.registry import load_report
 from lakebed.queries.report import InvalidOption
 from lakebed.queries.results import Results
@@ -252,6 +255,18 @@ def test_files_keys_and_summary(lake, tmp_path):
         assert [sign * row["margin_drop"] for row in top] == drops[:16]
     assert "without" in Path(printed["markdown"]).read_text().lower()
     assert f"of {len(last):,} query events" in content["findings"][0]
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+@pytest.mark.parametrize("case", ["kept together", "prefix together"])
+def test_charts_keep_to_the_schema_and_overlapping_bars_are_both_seen(lake, case, interactive):
+    report = asked(**CASES[case])
+    with Results(lake, report) as results:
+        for chart in report.charts:
+            spec = specification(chart, results.frame(chart.view), "about", interactive)
+            validate_jsonschema(json.loads(json.dumps(spec)), load_schema())
+    assert 0 < spec["mark"]["opacity"] < 1
+    assert (spec["encoding"]["color"].get("legend") is not None) == bool(report.num_controls)
 
 
 def test_the_subspace_is_described(lake, world):
