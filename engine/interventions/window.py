@@ -14,20 +14,15 @@ from torch import Tensor
 from ..forward import Attended, Model
 from ..scalars import Records
 
-# A window longer than this share of the records saves too little to be worth attending in two parts.
-_MOST = 0.5
 
-
-def window_of(records: Records, roles: Iterable[str]) -> Tensor | None:
+def window_of(records: Records, roles: Iterable[str]) -> Tensor:
     """`Int[event, place]`: consecutive positions, ending at the prediction, that hold every position of some roles.
 
-    Those of events that need fewer may begin before the record, with negative numbers. None where it is not worth it.
-    Raises ScalarError for a role that cannot be patched.
+    Those of events that need fewer may begin before the record, with negative numbers. Raises ScalarError for a role that
+    cannot be patched.
     """
     first = torch.stack([records.patch_positions(role).int().argmax(-1) for role in roles]).amin(0)
     width = int((records.prediction - first).max()) + 1
-    if width > _MOST * records.tokens.shape[1]:
-        return None
     return records.prediction[:, None] - torch.arange(width - 1, -1, -1, device=first.device)
 
 

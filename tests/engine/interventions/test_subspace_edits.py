@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lakebed.engine.interventions import Bases, Engine, StageEdit, read_interventions
 from lakebed.engine.interventions import run as run_module
+from lakebed.engine.interventions.window import window_of
 from lakebed.extractors.dataset import Context
 from lakebed.extractors.forward import probe_of
 from lakebed.extractors.pair_sets import PairSelection, event_records, load_pairs
@@ -204,20 +205,25 @@ def test_a_record_with_one_event_is_the_same_in_both_modes(world, stage, role, o
 def test_the_positions_that_can_change_are_all_that_need_following(world, asked, restored):
     """Windows of any width give what whole records give, also those that begin before the record."""
     edits = [edit(stage, operation, role, of) for stage, role, of, operation in asked] + restored
-    window, most = run_module.window_of, "lakebed.engine.interventions.window._MOST"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "window_of", lambda *_: None)
+        patch.setattr(run_module, "_windowed", lambda _: ())
         whole = final(world, [edits, edits])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(most, 1.0)
-        widths = []
-        patch.setattr(run_module, "window_of", lambda *of: widths.append(window(*of)) or widths[-1])
-        followed = final(world, [edits, edits])
+    followed = final(world, [edits, edits])
     close(followed, whole)
     assert torch.equal(followed[1], followed[2])
-    for of in widths:
-        assert of is not None
-        assert torch.equal(of[:, -1], world.records.prediction)
+
+
+@pytest.mark.parametrize("roles", [("prediction",), ("support_value", "query_key"), ("causal_prefix",)])
+def test_a_window_ends_at_the_prediction_and_holds_its_roles(world, roles):
+    window = window_of(world.records, roles)
+    assert torch.equal(window[:, -1], world.records.prediction)
+    assert bool((window.diff(dim=1) == 1).all())
+    held = torch.stack([world.records.patch_positions(role) for role in roles]).any(0)
+    earliest = held.int().argmax(1)
+    assert bool((window[:, 0] <= earliest).all())
+    assert bool((window[:, 0] == earliest).any())
+    if roles == ("causal_prefix",):
+        assert int(window.min()) < 0
 
 
 def test_in_a_union_what_is_edited_at_another_query_is_felt_after_the_last_attention_too(world):
