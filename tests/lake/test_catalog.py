@@ -10,7 +10,6 @@ from pathlib import Path
 
 import duckdb
 import fsspec
-import lakebed.lake.storage as storage_module
 import numpy as np
 import pytest
 import zarr
@@ -19,6 +18,7 @@ from lakebed.lake.catalog import write_catalog
 from lakebed.lake.errors import StorageFull
 from lakebed.lake.macros import MACROS
 from lakebed.lake.schema import TABLES
+from lakebed.lake.storage import Storage
 
 
 def asked(folder: str, query: str, connect: str = "duckdb.connect('catalog.duckdb', read_only=True)") -> str:
@@ -149,14 +149,14 @@ def test_behind_a_uri_there_is_views_sql_alone_and_it_says_so(write_unit) -> Non
 def test_a_catalog_that_could_not_be_written_leaves_the_old_one(filled: Lake, monkeypatch) -> None:
     written = write_catalog(filled)
     before = {path: Path(path).read_bytes() for path in (written.views_file, str(written.database))}
-    write_file = storage_module._write_file
+    write_file = Storage._write_file
 
-    def full(path: str, data: bytes) -> None:
-        write_file(path, data[: len(data) // 2] if "views.sql" in path else data)
+    def full(storage: Storage, path: str, data: bytes) -> None:
+        write_file(storage, path, data[: len(data) // 2] if "views.sql" in path else data)
         if "views.sql" in path:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage_module, "_write_file", full)
+    monkeypatch.setattr(Storage, "_write_file", full)
     with pytest.raises(StorageFull):
         write_catalog(filled)
     assert {path: Path(path).read_bytes() for path in before} == before

@@ -248,19 +248,19 @@ def test_a_full_disk_shows_nothing_and_goes_on_when_there_is_space(small_disk: P
 def test_every_place_of_a_commit_may_run_out_of_space(
     lake: Lake, write_unit, monkeypatch, where: str
 ) -> None:
-    import lakebed.lake.storage as storage_module
+    from lakebed.lake.storage import Storage
 
     part = {"chunk": "/tensors/", "table": "/training_steps/", "receipt": "/extractions/"}[where]
-    write_file = storage_module._write_file
+    write_file = Storage._write_file
 
-    def full(path: str, data: bytes) -> None:
+    def full(storage: Storage, path: str, data: bytes) -> None:
         if part in path:
-            write_file(path, data[: len(data) // 2])
+            write_file(storage, path, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_file(path, data)
+        write_file(storage, path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage_module, "_write_file", full)
+        patch.setattr(Storage, "_write_file", full)
         with pytest.raises(StorageFull):
             write_unit(lake, [1], {"w": np.ones((1, 3), np.float32)})
     assert lake.runs() == []
