@@ -20,12 +20,14 @@ COMMANDS = {
     "import": "bring in checkpoints made elsewhere (.pt or .safetensors)",
     "probe": "make and show the fixed records on which steps are compared",
     "extract": "make a dataset, or whatever a report lacks",
+    "pipeline": "train several seeds and ask which head took the role in each",
     "query": "run a report: rows, Markdown and charts from the lake",
     "sql": "ask the lake in SQL, once or in a shell",
     "show": "what a lake holds, or the schema of its tables",
     "verify": "check every file against its receipt",
     "catalog": "write views for plain duckdb users and lengths for plain Zarr readers",
     "compact": "merge many small files and their receipts, so that queries open few",
+    "plan": "say what a lake will hold, in bytes, chunks and hours, before it is made",
     "gc": "remove files that no receipt names: compacted ones, and what killed writers left",
 }
 # Commands that are over in a second or so; see _collect_rarely and _leave.
