@@ -105,10 +105,15 @@ def _report(name: str, last: int) -> Any:
     return report.parse({"run": RUN, "steps": _steps(last).get(report.demo_steps), **report.demo_options})
 
 
-def _reports(last: int) -> list[Any]:
-    from ..queries.registry import report_names
+def _names() -> list[str]:
+    """Reports that one run has an answer to."""
+    from ..queries.registry import load_report, report_names
 
-    return [_report(name, last) for name in report_names()]
+    return [name for name in report_names() if load_report(name).in_demo]
+
+
+def _reports(last: int) -> list[Any]:
+    return [_report(name, last) for name in _names()]
 
 
 def _last_step(lake: Any) -> int:
@@ -147,9 +152,7 @@ def _run_reports(lake_uri: str, last: int, out: Path, bars: Any) -> dict[str, di
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
-    from ..queries.registry import report_names
-
-    names = report_names()
+    names = _names()
     bars.start("reports", len(names))
     written: dict[str, dict[str, Any]] = {}
     # Fresh processes: a fork of one in which torch has threads may hang.

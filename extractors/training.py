@@ -123,9 +123,12 @@ def trace(
     anchor_every: int = ANCHOR_EVERY,
     device: str = "cpu",
     require_historical_replay: bool = False,
+    record_from: int | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Records `num_steps` steps from any step of a run whose configuration the lake holds.
+
+    With `record_from`, the steps before that one are taken and not recorded.
 
     From the run's last step, when its batch order is known, the run itself goes on; otherwise the steps go into a new run
     (`into`, default RUN@STEP) whose parent is noted. From a recorded step they have the bits of the original; from an
@@ -168,7 +171,7 @@ def trace(
     if not own and child.steps:
         _restore(loop, child, child.steps[-1])
     end = from_step + num_steps
-    return driver.go(end, RecordWindow(0, end), progress or Silent())
+    return driver.go(end, RecordWindow(record_from or 0, end), progress or Silent())
 
 
 class _Driver:

@@ -69,6 +69,10 @@ OF_INTERVALS = (ATTRIBUTIONS, UPDATE_NORMS, SCALAR_CHANGES, SCORE_CHANGES, GRADI
 # Of a step: a scalar on pairs, and the whole gradient of its mean.
 SCALAR_GRADIENTS = "scalar_gradients"  # see `scalar_gradient_parameters`
 
+# Made by `lakebed pipeline cross-seed`: the scan of all heads of a seed's run, and what updates did to the chosen ones.
+CROSS_SEED = "cross_seed"
+CROSS_SEED_UPDATES = "cross_seed_updates"
+
 # The corrupted records of a probe's pairs are a probe of that name.
 CORRUPTED = ".corrupted"
 PAIR_TYPES = ("query_key", "support_value", "recency", "distractor")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import (
     schema_attributions,
+    schema_cross_seed,
     schema_interventions,
     schema_probes,
     schema_training,
@@ -27,6 +28,7 @@ TABLES: dict[str, Table] = {
         *schema_interventions.TABLES,
         *schema_value_codes.TABLES,
         *schema_writes.TABLES,
+        *schema_cross_seed.TABLES,
     )
 }
 

@@ -27,6 +27,7 @@ CHAPTERS: Mapping[int, str] = {
     9: "Which code does the readout use, and does the answer need it?",
     10: "Do the routes account for the answer?",
     11: "Which components carry it, and what makes up for them?",
+    12: "Does the same role form in every seed?",
     99: "More",
 }
 

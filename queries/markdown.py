@@ -70,7 +70,7 @@ def render(
     """The whole document. `charts` are image files by title, `files` (suffixes, rows) by row file."""
     report = results.report
     parts = [
-        f"# {report.report_name()}: run {results.run}",
+        f"# {report.report_name()}: {report.about(results)}",
         f"*{report.summary()} {_steps(results.steps)} of `{results.lake.uri}`.*",
         "\n".join(f"- {line}" for line in findings),
     ]

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 def resolve_run(lake: Lake, report: Report) -> str:
     """The run the report is about; raises UnknownName, listing the runs, if it is not there or not clear."""
-    if report.run is not None:
-        lake.require_run(report.run)
-        return report.run
+    run = report.subject(lake)
+    if run is not None:
+        lake.require_run(run)
+        return run
     runs = lake.runs()
     if len(runs) != 1:
         raise UnknownName(

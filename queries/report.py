@@ -77,6 +77,8 @@ class Report(BaseModel):
     demo_options: ClassVar[Mapping[str, Any]] = {}
     # Which steps of the demo: those its needs are made at, some checkpoints, or a window of neighbouring steps.
     demo_steps: ClassVar[Literal["states", "checkpoints", "window"]] = "states"
+    # The demo has one run; a report that compares several has no place in it.
+    in_demo: ClassVar[bool] = True
 
     run: str | None = Field(None, description="run to report on; may be left out when the lake has only one")
     steps: str | None = Field(
@@ -124,6 +126,18 @@ class Report(BaseModel):
             name: list(value) if isinstance(value, tuple) else value
             for name, value in self.model_dump().items()
         }
+
+    def subject(self, lake: Lake) -> str | None:
+        """The run the report is about, None for the only one of the lake. One that compares runs names the first."""
+        return self.run
+
+    def about(self, results: Results) -> str:
+        """What the Markdown's title says it is about."""
+        return f"run {results.run}"
+
+    def lake_parameters(self, lake: Lake) -> dict[str, Any]:
+        """SQL parameters that depend on what the lake holds, such as the runs that are compared."""
+        return {}
 
     def require(self, lake: Lake, run: str) -> None:
         """Raises UnknownName or MissingData when an option names what the run does not have."""

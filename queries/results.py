@@ -51,6 +51,7 @@ class Results:
         self.sections = parse_sections(report.sql_text(), f"{report.file_stem()}.sql")
         self.parameters: dict[str, Any] = {
             **report.parameters(),
+            **report.lake_parameters(lake),
             "run": self.run,
             "steps": self.steps,
             "lake": lake.uri,
