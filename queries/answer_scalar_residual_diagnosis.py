@@ -11,10 +11,10 @@ from .chart import StackedBars, Trajectory
 from .markdown import number, percent
 from .report import RowFile, TextTable
 from .results import Results
-from .scalar_pairs import ScalarPairReport
+from .scalar_pairs import ScalarChangeReport
 
 
-class AnswerScalarResidualDiagnosis(ScalarPairReport):
+class AnswerScalarResidualDiagnosis(ScalarChangeReport):
     """Did a margin grow because the answer rose, its competitor fell, or another competitor took its place?"""
 
     top_k_wrong: PositiveInt = Field(5, description="competitors listed with their logits, best first")

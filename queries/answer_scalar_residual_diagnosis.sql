@@ -1,19 +1,14 @@
 -- rows: interval_pair_rows
-WITH ends AS (
-    SELECT
-        source_step, target_step, pair_id, margin_side, scalar_name,
-        any_value(value) FILTER (endpoint_kind = 'source') AS source,
-        any_value(value) FILTER (endpoint_kind = 'target') AS target
-    FROM endpoint_values
-    GROUP BY ALL
-),
-scalars AS (
+WITH scalars AS (
     SELECT
         source_step, target_step, pair_id, margin_side,
         map_from_entries(list(struct_pack(
-            k := scalar_name, v := struct_pack(source := source, target := target, delta := target - source)
+            k := scalar_name,
+            v := struct_pack(
+                source := source_scalar, target := target_scalar, delta := target_scalar - source_scalar
+            )
         ) ORDER BY scalar_name)) AS scalars
-    FROM ends
+    FROM changes
     GROUP BY ALL
 ),
 answers AS (
@@ -45,14 +40,6 @@ JOIN answers AS target
 ORDER BY p.source_step, p.pair_id, p.margin_side
 
 -- Each pair belongs to bucket all and to one of the other two.
--- view: changes
-SELECT
-    source_step, target_step, pair_id, margin_side, scalar_name, competitor_switched,
-    any_value(value) FILTER (endpoint_kind = 'source') AS source,
-    any_value(value) FILTER (endpoint_kind = 'target') AS target
-FROM endpoint_values
-GROUP BY ALL
-
 -- rows: interval_summary_rows
 WITH bucketed AS (
     SELECT *, unnest(['all', CASE WHEN competitor_switched THEN 'competitor_switch' ELSE 'same_competitor' END]) AS switch_bucket
@@ -62,9 +49,9 @@ SELECT
     source_step, target_step, margin_side, switch_bucket, scalar_name,
     count(*) AS num_pairs,
     avg(competitor_switched::INTEGER) AS competitor_switch_fraction,
-    avg(source) AS source_mean, avg(target) AS target_mean, avg(target - source) AS delta_mean,
-    population_std(target - source) AS delta_std,
-    avg((target > source)::INTEGER) AS delta_positive_fraction
+    avg(source_scalar) AS source_mean, avg(target_scalar) AS target_mean, avg(target_scalar - source_scalar) AS delta_mean,
+    population_std(target_scalar - source_scalar) AS delta_std,
+    avg((target_scalar > source_scalar)::INTEGER) AS delta_positive_fraction
 FROM bucketed
 GROUP BY ALL
 ORDER BY source_step, margin_side, switch_bucket, scalar_name

@@ -13,7 +13,7 @@ from .component_dlas import DLA_IS_NO_SHARE, ComponentDLAReport
 from .component_options import read_components
 from .markdown import number
 from .report import ReportFailed, RowFile, TextTable
-from .scalar_pairs import BUCKETS, SCALAR_VALUES, SwitchBucket
+from .scalar_pairs import BUCKETS, SCALAR_VALUES, ScalarChangeReport, SwitchBucket
 
 if TYPE_CHECKING:
     from ..lake import Lake
@@ -26,7 +26,7 @@ class EmptyBucket(ReportFailed):
     """A switch bucket that was asked for and has no rows."""
 
 
-class OutputRouteClosure(ComponentDLAReport):
+class OutputRouteClosure(ScalarChangeReport, ComponentDLAReport):
     """Between steps, how much of the change of an answer's scalar do the changes of components' DLAs account for?
 
     One least-squares fit per scalar and switch bucket, over all intervals and pairs.

@@ -1,15 +1,3 @@
--- Each pair over an interval, in every asked scalar: what is to be explained.
--- view: changes
-SELECT
-  row_number() OVER (ORDER BY list_position($scalar, scalar_name), source_step, pair_id, margin_side) - 1 AS observation,
-  source_step, target_step, pair_id, margin_side, scalar_name, any_value(split) AS split, any_value(pair_type) AS pair_type,
-  any_value(competitor_switched) AS competitor_switched,
-  any_value(value) FILTER (endpoint_kind = 'source') AS source_scalar,
-  any_value(value) FILTER (endpoint_kind = 'target') AS target_scalar
-FROM endpoint_values
-GROUP BY source_step, target_step, pair_id, margin_side, scalar_name
-ORDER BY observation
-
 -- Components' DLAs at both ends.
 -- view: components
 SELECT

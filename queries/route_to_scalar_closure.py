@@ -18,7 +18,7 @@ from .report import ReportFailed, RowFile, TextTable
 from .route_closure import NOT_A_CAUSE, ROUTE_VALUES, accounted, doubtful
 from .route_options import ROUTE_LABELS
 from .route_to_margin_closure import RouteToMarginClosure as _MarginClosure
-from .scalar_pairs import BUCKETS, ScalarPairReport, SwitchBucket
+from .scalar_pairs import BUCKETS, ScalarChangeReport, SwitchBucket
 
 if TYPE_CHECKING:
     from ..lake import Lake
@@ -36,7 +36,7 @@ class DisagreeingDuplicates(ReportFailed):
     """Two closure rows of one pair and interval that say different things of the routes."""
 
 
-class RouteToScalarClosure(ClosureOrigin, ScalarPairReport):
+class RouteToScalarClosure(ClosureOrigin, ScalarChangeReport):
     """Which scalar of the answer changes along with routes' scores: its own logit, its competitor's, a margin?
 
     One least-squares fit per scalar and switch bucket, over all intervals and pairs. Route scores are rows of

@@ -103,6 +103,20 @@ SELECT * FROM (
 ) WHERE list_contains($scalar, scalar_name)
 
 """
+_CHANGES = """\
+-- Each pair over an interval, in every asked scalar: what is to be explained.
+-- view: changes
+SELECT
+  row_number() OVER (ORDER BY list_position($scalar, scalar_name), source_step, pair_id, margin_side) - 1 AS observation,
+  source_step, target_step, pair_id, margin_side, scalar_name, any_value(split) AS split, any_value(pair_type) AS pair_type,
+  any_value(competitor_switched) AS competitor_switched,
+  any_value(value) FILTER (endpoint_kind = 'source') AS source_scalar,
+  any_value(value) FILTER (endpoint_kind = 'target') AS target_scalar
+FROM endpoint_values
+GROUP BY source_step, target_step, pair_id, margin_side, scalar_name
+ORDER BY observation
+
+"""
 _CHECK_PRELUDE = f"""\
 -- The untouched run against what the readouts say of the same record.
 -- view: recomputed
@@ -217,6 +231,15 @@ class ScalarPairReport(PairReport):
             )
 
 
+class ScalarChangeReport(ScalarPairReport):
+    """Base of those on changes of scalars: its SQL has view `changes` too, with a number for every observation."""
+
+    @classmethod
+    def more_views(cls) -> str:
+        """The changes."""
+        return super().more_views() + _CHANGES
+
+
 class CheckedScalarReport(ScalarPairReport):
     """Base of those that hold the untouched run against the readouts. Their SQL has view `recomputed` too."""
 
@@ -275,6 +298,7 @@ __all__ = [
     "CheckedScalarReport",
     "EndpointKind",
     "EndpointReport",
+    "ScalarChangeReport",
     "ScalarMismatch",
     "ScalarName",
     "ScalarPairReport",
