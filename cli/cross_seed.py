@@ -10,7 +10,7 @@ from .. import LakebedError
 from ..extractors.executor import Executor, Work
 from ..extractors.progress import Progress
 from ..lake import Lake
-from ..lake.names import content_hash
+from ..lake.names import content_hash, spec_id
 from ..queries.output import OutputExists
 from .cross_seed_plan import SCAN, CrossSeed
 from .cross_seed_select import choose, merged, read_scans, write_output, write_selection
@@ -53,6 +53,7 @@ class Pipeline:
         if {"select", "adam"} & set(stages) or cleanup:
             chosen = self.select()
             shown |= {
+                "spec": spec_id(self.plan.scan_parameters()),
                 "winners": str(self.plan.winners),
                 "winners_csv": str(self.plan.winners.with_suffix(".csv")),
                 "selections": [str(self.plan.selection(seed)) for seed in self.plan.seeds],

@@ -51,23 +51,25 @@ class CrossSeed(Report):
     tables = (
         TextTable(
             "seed_rows",
-            "The winner of every seed",
+            "Every seed",
             {
                 "seed": "seed",
-                "winner": "winner",
-                "stage": "stage",
+                "holder": "holder",
+                "stage": "holder_stage",
+                "wins": "win_rate",
+                "chance": "chance_win_rate",
+                "formed by step": "formed_step",
+                "formed heads": "formed_heads",
+                "grew most": "winner",
                 "growth": "growth",
                 "share of growth": "share_of_growth",
                 "runner-up": "runner_up",
                 "its growth": "runner_up_growth",
-                "win rate at the end": "win_rate",
-                "chance": "chance_win_rate",
-                "formed by step": "formed_step",
-                "formed heads": "formed_heads",
                 "answers right": "answer_accuracy",
             },
-            about="Growth is the head's separation at the window's last scanned step minus that at its first. "
-            "Its share is of the growth of all heads whose separation grew.",
+            about="The holder wins the largest share of events at the last scanned step. Growth is a "
+            "separation at the window's last scanned step minus that at its first; its share is of all heads "
+            "whose separation grew.",
         ),
         TextTable(
             "update_summary",
@@ -91,14 +93,22 @@ class CrossSeed(Report):
         Grid(
             "growth",
             "growth_cells",
-            "Which head took the role in which seed",
-            about="growth of the QK separation over the window, each head on the stage it reads",
+            "Which head grew in which seed",
+            about="growth of the QK separation over the window, each head on the stage it is scanned on",
             value_title="growth",
+        ),
+        Grid(
+            "win_rate",
+            "win_cells",
+            "Which head holds the role at the end",
+            about="share of events whose support it scores above every distractor, at the last scanned step",
+            value_title="win rate",
+            domain=(0, 1),
         ),
         Trajectory(
             "trajectory",
             "trajectory",
-            "When the winner of each seed came to match",
+            "When the holder of each seed came to match",
             series="series",
             panel="panel",
             panel_titles={
@@ -112,9 +122,12 @@ class CrossSeed(Report):
         "Heads of a layer start alike but for their random weights: which of them takes the role is an "
         "accident of the seed, and that the address moves within a layer is what one expects. That it stays "
         "would need an explanation.",
-        "The winner is the head whose separation grew most, formed or not. Formed: its best support scores "
-        "above every distractor in more than --formed-at of the events at the last scanned step. Chance is the "
-        "share of supports among an event's keys.",
+        "The holder is the head that wins most events at the last scanned step, an event being won when its "
+        "best support scores above every distractor. The role has formed where it wins more than --formed-at "
+        "of them. Chance is the share of supports among an event's keys.",
+        "The winner is the head whose separation grew most over the window, and the one that stage adam "
+        "attributes. Where it is not the holder, the role formed outside the window: move --window-start and "
+        "--window-end.",
         "Scores are cut to the first singular directions of the same checkpoint's W_QK, and scales differ "
         "between heads: compare win rates across heads, growth within one.",
         "All seeds share the benchmark and the probe; initialization and batch order differ.",
@@ -230,11 +243,11 @@ class CrossSeed(Report):
         }
 
     def findings(self, results: Results) -> list[str]:
-        """Whether the role repeats, whether its address moves, and how clear the winners are."""
+        """Whether the role repeats, whether its address moves, whether the window saw it, and by which terms it grew."""
+        ""
         seeds = results.rows("FROM seed_rows")
-        return [
-            line for line in (_role(self, seeds), _address(seeds), _clearness(seeds), _terms(results)) if line
-        ]
+        lines = (_role(self, seeds), _address(seeds), _growth(seeds), _terms(results))
+        return [line for line in lines if line]
 
     def warnings(self, results: Results) -> list[str]:
         """That a single seed answers nothing, and that a winner may be one by chance."""
@@ -251,49 +264,47 @@ class CrossSeed(Report):
 
 
 def _role(report: CrossSeed, seeds: list[dict[str, Any]]) -> str:
-    formed = [row for row in seeds if row["formed"]]
-    lowest = min(seeds, key=lambda row: row["win_rate"])
-    rates = " to ".join(
-        dict.fromkeys(percent(of) for of in (lowest["win_rate"], max(row["win_rate"] for row in seeds)))
-    )
-    verb = (
-        "The role forms in every seed"
-        if len(formed) == len(seeds)
-        else ("The role forms in no seed" if not formed else "The role forms in some seeds")
-    )
+    formed = sum(row["formed"] for row in seeds)
+    where = "every seed" if formed == len(seeds) else ("some seeds" if formed else "no seed")
+    rates = sorted(row["win_rate"] for row in seeds)
     return (
-        f"**{verb}: {len(formed)} of {len(seeds)}.** At the last scanned step the winners score a support "
-        f"above every distractor in {rates} of {seeds[0]['num_events']:,} events; chance is "
-        f"{percent(seeds[0]['chance_win_rate'])}, and formed is what is above {percent(report.formed_at)}."
+        f"**The role forms in {where}: {formed} of {len(seeds)}.** At the last scanned step the best head "
+        f"scores a support above every distractor in {_range(rates)} of {seeds[0]['num_events']:,} events; chance is "
+        f"{percent(seeds[0]['chance_win_rate'])}, and formed is above {percent(report.formed_at)}."
     )
+
+
+def _range(values: list[float]) -> str:
+    """Percentages from the least to the largest, or the one there is."""
+    return " to ".join(dict.fromkeys(percent(of) for of in (min(values), max(values))))
 
 
 def _address(seeds: list[dict[str, Any]]) -> str:
     formed = [row for row in seeds if row["formed"]]
     if len(formed) < 2:
         return ""
-    where = "; ".join(f"{row['winner']} in seed {row['seed']}" for row in formed)
-    heads, layers = {row["winner"] for row in formed}, sorted({row["layer"] for row in formed})
-    if len(heads) == 1:
-        return f"**Its address stays: {formed[0]['winner']} in all {len(formed)} seeds.**"
-    within = (
-        f", within layer {layers[0]}" if len(layers) == 1 else f", over layers {', '.join(map(str, layers))}"
-    )
-    return f"**Its address moves{within}**: {where}."
+    layers = sorted({row["holder_layer"] for row in formed})
+    if len({row["holder"] for row in formed}) == 1:
+        return f"**Its address stays: {formed[0]['holder']} in all {len(formed)} seeds where it forms.**"
+    over = f"within layer {layers[0]}" if len(layers) == 1 else f"over layers {', '.join(map(str, layers))}"
+    where = "; ".join(f"{row['holder']} in seed {row['seed']}" for row in formed)
+    return f"**Its address moves {over}**: {where}."
 
 
-def _clearness(seeds: list[dict[str, Any]]) -> str:
-    shares = [row["share_of_growth"] for row in seeds if row["share_of_growth"] is not None]
-    if not shares or seeds[0]["runner_up"] is None:
-        return ""
-    closest = min(seeds, key=lambda row: row["growth"] - row["runner_up_growth"])
-    several = [row["seed"] for row in seeds if row["formed_heads"] > 1]
-    also = f" In seed {', '.join(map(str, several))} more than one head formed." if several else ""
-    return (
-        f"Winners made {percent(min(shares))} to {percent(max(shares))} of the growth of all growing heads; "
-        f"the closest was seed {closest['seed']}, {closest['winner']} {number(closest['growth'], 3)} before "
-        f"{closest['runner_up']} {number(closest['runner_up_growth'], 3)}.{also}"
+def _growth(seeds: list[dict[str, Any]]) -> str:
+    """Who grew over the window, and whether that is who holds the role."""
+    grown = "; ".join(
+        f"seed {row['seed']} {row['winner']} {number(row['growth'], 3)}"
+        + (f" before {row['runner_up']} {number(row['runner_up_growth'], 3)}" if row["runner_up"] else "")
+        for row in seeds
     )
+    apart = [str(row["seed"]) for row in seeds if row["formed"] and not row["winner_holds"]]
+    also = (
+        f" In seed {', '.join(apart)} that is not the head that holds the role: it formed outside the window."
+        if apart
+        else ""
+    )
+    return f"Over the window separation grew most in: {grown}.{also}"
 
 
 def _terms(results: Results) -> str:

@@ -9,47 +9,57 @@ FROM cross_seed_candidates
 WHERE list_contains($chosen_runs, run) AND spec = $chosen_spec
 ORDER BY seed, place
 
--- Lost to no other: of what all growing heads of the seed grew, the winner's part.
+-- The winner is the head that grew most over the window; the holder, formed or not, the one that wins most events at the end.
 -- rows: seed_rows
 WITH seconds AS (
     SELECT run, head_label AS runner_up, growth AS runner_up_growth FROM candidate_rows WHERE place = 2
 ),
 sums AS (
-    SELECT run, sum(greatest(growth, 0) ORDER BY place) AS growing, count(*) FILTER (formed) AS formed_heads
+    SELECT
+        run,
+        sum(greatest(growth, 0) ORDER BY place) AS growing,
+        count(*) FILTER (formed) AS formed_heads,
+        first(layer ORDER BY win_rate DESC, place) AS holder_layer,
+        first(head ORDER BY win_rate DESC, place) AS holder_head
     FROM candidate_rows
     GROUP BY run
 ),
 formation AS (
-    SELECT s.run, min(s.step) AS formed_step
+    SELECT s.run, min(s.step) FILTER (s.win_rate > $formed_at) AS formed_step
     FROM cross_seed_scans AS s
-    JOIN candidate_rows AS c ON c.run = s.run AND c.layer = s.layer AND c.head = s.head AND c.place = 1
-    WHERE s.spec = $chosen_spec AND s.win_rate > $formed_at AND list_contains($chosen_runs, s.run)
+    JOIN sums AS h ON h.run = s.run AND h.holder_layer = s.layer AND h.holder_head = s.head
+    WHERE s.spec = $chosen_spec
     GROUP BY s.run
 )
 SELECT
-    c.seed, c.run, c.head_label AS winner, c.layer, c.head, c.stage, c.growth,
-    c.growth / nullif(s.growing, 0) AS share_of_growth,
-    r.runner_up, r.runner_up_growth,
-    c.separation, c.win_rate, c.chance_win_rate, c.formed, s.formed_heads, f.formed_step,
-    c.growth_vs_singular_value, c.growth_vs_answer_margin, c.answer_margin, c.answer_accuracy, c.num_events
-FROM candidate_rows AS c
-JOIN sums AS s ON s.run = c.run
-LEFT JOIN seconds AS r ON r.run = c.run
-LEFT JOIN formation AS f ON f.run = c.run
-WHERE c.place = 1
-ORDER BY c.seed
+    w.seed, w.run,
+    h.head_label AS holder, h.layer AS holder_layer, h.head AS holder_head, h.stage AS holder_stage,
+    h.win_rate, h.separation, h.chance_win_rate, h.formed, s.formed_heads, f.formed_step,
+    w.head_label AS winner, w.layer AS winner_layer, w.head AS winner_head, w.stage AS winner_stage,
+    w.growth, w.growth / nullif(s.growing, 0) AS share_of_growth, r.runner_up, r.runner_up_growth,
+    w.head_label = h.head_label AS winner_holds,
+    w.growth_vs_singular_value, w.growth_vs_answer_margin, w.answer_margin, w.answer_accuracy, w.num_events
+FROM candidate_rows AS w
+JOIN sums AS s ON s.run = w.run
+JOIN candidate_rows AS h ON h.run = w.run AND h.layer = s.holder_layer AND h.head = s.holder_head
+LEFT JOIN seconds AS r ON r.run = w.run
+LEFT JOIN formation AS f ON f.run = w.run
+WHERE w.place = 1
+ORDER BY w.seed
 
--- Which heads won, and in how many seeds.
+-- In how many seeds each head holds the role, formed, and in how many it grew most.
 -- rows: address_rows
 SELECT
-    winner AS head_label, layer, head,
-    count(*) AS seeds_won,
-    count(*) FILTER (formed) AS seeds_formed,
-    list(seed ORDER BY seed) AS seeds,
-    avg(growth) AS mean_growth
-FROM seed_rows
-GROUP BY winner, layer, head
-ORDER BY seeds_won DESC, layer, head
+    c.head_label, c.layer, c.head,
+    count(*) FILTER (s.holder = c.head_label AND s.formed) AS seeds_held,
+    count(*) FILTER (c.formed) AS seeds_formed,
+    count(*) FILTER (c.place = 1) AS seeds_won,
+    avg(c.growth ORDER BY c.seed) AS mean_growth,
+    avg(c.win_rate ORDER BY c.seed) AS mean_win_rate
+FROM candidate_rows AS c
+JOIN seed_rows AS s ON s.run = c.run
+GROUP BY c.head_label, c.layer, c.head
+ORDER BY c.layer, c.head
 
 -- What the terms of AdamW's updates did to the chosen heads over the recorded steps.
 -- rows: update_rows
@@ -76,21 +86,23 @@ GROUP BY seed, head_label, start_step, end_step, adam_spec
 ORDER BY seed, head_label, start_step, end_step, adam_spec
 
 -- view: growth_cells
-SELECT
-    c.head_label || ' ← ' || c.stage AS row, 'seed ' || c.seed AS "column", c.growth AS value
+SELECT c.head_label || ' ← ' || c.stage AS row, 'seed ' || c.seed AS "column", c.growth AS value
+FROM candidate_rows AS c
+ORDER BY c.layer, c.head, c.seed
+
+-- view: win_cells
+SELECT c.head_label || ' ← ' || c.stage AS row, 'seed ' || c.seed AS "column", c.win_rate AS value
 FROM candidate_rows AS c
 ORDER BY c.layer, c.head, c.seed
 
 -- view: trajectory
-SELECT s.step, format('seed {} ({})', c.seed, c.head_label) AS series, p.panel, p.value
+SELECT s.step, format('seed {} ({})', r.seed, r.holder) AS series, p.panel, p.value
 FROM cross_seed_scans AS s
-JOIN candidate_rows AS c ON c.run = s.run AND c.layer = s.layer AND c.head = s.head AND c.place = 1,
+JOIN seed_rows AS r ON r.run = s.run AND r.holder_layer = s.layer AND r.holder_head = s.head,
 LATERAL (
     SELECT 'separation' AS panel, s.separation AS value
     UNION ALL SELECT 'win rate', s.win_rate
     UNION ALL SELECT 'answer margin', s.answer_margin
 ) AS p
-WHERE
-    s.spec = $chosen_spec AND list_contains($chosen_runs, s.run)
-    AND (len($steps) = 0 OR list_contains($steps, s.step))
-ORDER BY p.panel DESC, c.seed, s.step
+WHERE s.spec = $chosen_spec AND (len($steps) = 0 OR list_contains($steps, s.step))
+ORDER BY p.panel DESC, r.seed, s.step
