@@ -44,15 +44,15 @@ def plan_collection(lake: Lake, older_than: float = AN_HOUR) -> list[Garbage]:
     Raises CorruptFile where a receipt cannot be read: what it names could not be told from garbage.
     """
     # Files before receipts: what is committed meanwhile is named by a receipt read afterwards.
-    keys = list(lake.storage.walk(""))
+    standing = dict(lake.storage.listing(""))
     latest = time.time() - older_than
     with lake.pinned():
         receipts = lake.receipts.all()
         superseded, fresh = _superseded(lake, latest)
     kept = {entry.path for receipt in receipts for entry in receipt.files}
     kept |= {receipt.key for receipt in receipts} | fresh
-    left = [(key, kind) for key in keys if key not in kept and (kind := _kind(key, superseded))]
-    found = [(Garbage(key, size, kind), age) for key, kind in left for size, age in _stat(lake, key)]
+    left = [(key, kind) for key in standing if key not in kept and (kind := _kind(key, superseded))]
+    found = [(Garbage(key, standing[key][0], kind), standing[key][1]) for key, kind in left]
     # A unit writes its chunks one after another: while the run gets new ones, its older ones are at work too.
     busy = {_run(of.key) for of, written in found if of.key.startswith("tensors/") and written > latest}
     garbage = [
@@ -130,14 +130,6 @@ def _kind(key: str, superseded: Collection[str]) -> str | None:
         folder == "tables" and len(parts) == 3 and parts[0] != "extractions" and name.endswith(".parquet")
     )
     return UNFINISHED if is_rows else None
-
-
-def _stat(lake: Lake, key: str) -> Iterator[tuple[int, float]]:
-    """(bytes, when it was written), or nothing if it is gone."""
-    try:
-        yield lake.storage.size(key), lake.storage.modified(key)
-    except FileNotFoundError:
-        return
 
 
 def _run(key: str) -> str:

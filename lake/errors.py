@@ -13,10 +13,13 @@ __all__ = [
     "LakebedError",
     "MissingData",
     "NewerFormat",
+    "NoBucket",
+    "NoCredentials",
     "QueryError",
     "SchemaMismatch",
     "StorageFull",
     "StorageRefused",
+    "StoreUnreachable",
     "UnitExists",
     "UnknownName",
 ]
@@ -24,6 +27,10 @@ __all__ = [
 
 class LakeNotFound(LakebedError):
     """The path or URI holds no lake."""
+
+
+class NoBucket(LakeNotFound):
+    """The URI names a bucket that the store does not have."""
 
 
 class LakeExists(LakebedError):
@@ -68,6 +75,14 @@ class StorageFull(LakebedError):
 
 class StorageRefused(LakebedError):
     """A path that cannot be written: no folder, read-only, or without permission."""
+
+
+class NoCredentials(StorageRefused):
+    """The store was given no credentials, or refuses those it was given."""
+
+
+class StoreUnreachable(LakebedError):
+    """The store does not answer."""
 
 
 class QueryError(LakebedError):

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from .. import __version__
 from . import codec
 from .axis import claim_rows
@@ -67,7 +69,10 @@ class Lake:
     @classmethod
     def open(cls, uri: str | os.PathLike[str], **options: Any) -> Lake:
         """Opens an existing lake; `options` go to fsspec. Raises LakeNotFound, NewerFormat or CorruptFile."""
-        storage = Storage(uri, **options)
+        return cls._of(Storage(uri, **options))
+
+    @classmethod
+    def _of(cls, storage: Storage) -> Lake:
         try:
             marker = json.loads(storage.read(_MARKER))
             version = int(marker["format"])
@@ -93,7 +98,10 @@ class Lake:
     @classmethod
     def create(cls, uri: str | os.PathLike[str], **options: Any) -> Lake:
         """Makes a new, empty lake; raises LakeExists when anything stands there already."""
-        storage = Storage(uri, **options)
+        return cls._in(Storage(uri, **options))
+
+    @classmethod
+    def _in(cls, storage: Storage) -> Lake:
         if storage.names(""):
             raise LakeExists(f"{storage.uri} exists and is not empty: name a new folder for the lake")
         marker = {
@@ -103,15 +111,13 @@ class Lake:
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         storage.create(_MARKER, json.dumps(marker, indent=2, sort_keys=True).encode())
-        return cls.open(uri, **options)
+        return cls._of(storage)
 
     @classmethod
     def open_or_create(cls, uri: str | os.PathLike[str], **options: Any) -> Lake:
         """Opens the lake, or makes it when the place is empty."""
         storage = Storage(uri, **options)
-        if storage.exists(_MARKER):
-            return cls.open(uri, **options)
-        return cls.create(uri, **options)
+        return cls._of(storage) if storage.exists(_MARKER) else cls._in(storage)
 
     @property
     def uri(self) -> str:
@@ -232,10 +238,27 @@ class Lake:
             empty = pl.from_arrow(TABLES[name].arrow_schema().empty_table())
             assert isinstance(empty, pl.DataFrame)
             return empty.lazy().with_columns(run=pl.lit(None, pl.String))
+        paths = [self.storage.path(entry.path) for entry in files]
+        if not self.storage.local:
+            return self._table_of_objects(files, paths)
         if name != "extractions":
             self.session.check(files)
-        paths = [self.storage.path(entry.path) for entry in files]
         return pl.scan_parquet(paths, hive_partitioning=True, hive_schema={"run": pl.String}, glob=False)
+
+    def _table_of_objects(self, files: list[FileEntry], paths: list[str]) -> pl.LazyFrame:
+        """Parquet files of a store, read as the session reads them: with the same credentials, and each once."""
+        import polars as pl
+
+        from .imports import without_pandas
+
+        with without_pandas():
+            import pyarrow.dataset as ds
+
+        self.session.check(files)
+        partitioning = ds.partitioning(pa.schema({"run": pa.string()}), flavor="hive")
+        return pl.scan_pyarrow_dataset(
+            ds.dataset(paths, format="parquet", filesystem=self.session.files, partitioning=partitioning)
+        )
 
     @property
     def session(self) -> Session:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from .compactions import (
+    COMPACTED,
     Compaction,
     compaction_key,
     compaction_numbers,
@@ -45,7 +46,8 @@ class ReceiptIndex:
         while True:
             # Units first: what a compaction listed afterwards does not hold had its own receipt all the time.
             names = self._storage.names(f"{FOLDER}/run={run}")
-            compactions = self._read_compactions(run)
+            # No compaction when the units were listed is as good as none now: each had its own receipt then.
+            compactions = self._read_compactions(run) if COMPACTED in names else []
             if compactions is None:
                 continue
             found = {receipt.unit: receipt for of in counted(compactions) for receipt in of.receipts}

@@ -18,6 +18,7 @@ from .schema import QUANTITIES, TABLES, VIEWS
 
 if TYPE_CHECKING:
     from .lake import Lake
+    from .object_files import ObjectFiles
 
 # How DuckDB says that a file of a view is not there.
 _GONE = re.compile(r'(?:No files found that match the pattern|Cannot open file) "([^"]+)"')
@@ -33,14 +34,21 @@ class Session:
     def __init__(self, lake: Lake) -> None:
         self._lake = lake
         self.connection = duckdb.connect(":memory:")
-        if not lake.storage.local:
-            self.connection.register_filesystem(lake.storage.fs)
+        self._failures: list[LakebedError] = []
+        self.files = None if lake.storage.local else self._register_files()
         for statement in create_macros():
             self.connection.execute(statement)
         self._made: dict[str, Any] = {}
         self._checked: set[str] = set()
-        self._failures: list[LakebedError] = []
         _OPEN.add(self)
+
+    def _register_files(self) -> ObjectFiles:
+        """Lets DuckDB read from the lake's store."""
+        from .object_files import ObjectFiles
+
+        files = ObjectFiles(self._lake.storage, self._missing, self._failures)
+        self.connection.register_filesystem(files)
+        return files
 
     def execute(
         self,
@@ -131,9 +139,10 @@ class Session:
     def check(self, files: Iterable[FileEntry]) -> None:
         """Compares files on a local disk with their receipts, once per session; raises CorruptFile.
 
-        An object store keeps checksums itself; there only `lakebed verify` reads everything.
+        An object store keeps checksums itself; there only `lakebed verify` reads everything, and sizes are noted.
         """
-        if not self._lake.storage.local:
+        if self.files is not None:
+            self.files.note(files)
             return
         for entry in files:
             # A receipt is its own witness: its pages carry checksums, and no other receipt names it.

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -18,8 +21,11 @@ from typing import Any
 import google_crc32c
 
 from .errors import LakebedError, LakeNotFound, StorageFull, StorageRefused
+from .object_store import CONNECTIONS, ObjectStore, Stat, open_store
 
 _PIECE = 4 << 20
+# Of an object: so much at a time.
+_FETCH = 32 << 20
 # Files that are written past the page cache.
 _LARGE = 1 << 20
 # Of Linux 6.14 and newer; Python has no name for it.
@@ -28,6 +34,8 @@ _RWF_DONTCACHE = 0x80
 PAGE = 4096
 # Seconds per byte beyond which a disk is too slow to wait for: 500 MB/s.
 _SLOW = 1 / 500e6
+# What is meant for a URI, with a slash or two forgotten.
+_SCHEME = re.compile(r"^(s3a?|gcs?|gs|abfss?|az|https?):(?!//)(.*)$")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -42,24 +50,22 @@ class Storage:
         self._options = options
         # A plain path needs no fsspec, whose import takes longer than reading a small lake.
         self.local = _is_path(self.uri) and not options
-        self.root = _absolute(self.uri) if self.local else self._file_system[1]
+        self.root = _absolute(self.uri) if self.local else self.objects.root
         self.local = self.local or _is_local(self.fs)
 
     @property
     def fs(self) -> Any:
         """The fsspec file system."""
-        return self._file_system[0]
+        return self.objects.fs
 
     @cached_property
-    def _file_system(self) -> tuple[Any, str]:
-        """The file system and the lake's root in it."""
-        import fsspec
-
-        try:
-            fs, root = fsspec.core.url_to_fs(self.uri, **self._options)
-        except (ImportError, ValueError) as error:
-            raise LakeNotFound(f"cannot open {self.uri}: {error}") from error
-        return fs, str(root)
+    def objects(self) -> ObjectStore:
+        """The store of a lake that is no folder."""
+        if (scheme := _SCHEME.match(self.uri)) and "://" not in self.uri:
+            raise LakeNotFound(
+                f"{self.uri} is neither a folder nor a URI: write {scheme[1]}://{scheme[2].strip('/') or 'BUCKET/NAME'}"
+            )
+        return open_store(self.uri, self._options)
 
     def path(self, key: str) -> str:
         """The path of `key` as DuckDB, Polars and pyarrow take it."""
@@ -71,23 +77,31 @@ class Storage:
         if self.local:
             with open(f"{self.root}/{key}", "rb") as file:
                 return file.read()
-        data = self.fs.cat_file(f"{self.root}/{key}")
-        return bytes(data)
+        return self.objects.read(key)
 
     def checksum(self, key: str) -> tuple[int, int, bytes]:
         """Length, CRC-32C and last four bytes of `key`, read in pieces."""
-        path, length, checksum, end = f"{self.root}/{key}", 0, 0, b""
-        with open(path, "rb", buffering=0) if self.local else self.fs.open(path, "rb") as file:
-            while piece := file.read(_PIECE):
-                length += len(piece)
-                checksum = google_crc32c.extend(checksum, piece)
-                end = (end + piece[-4:])[-4:]
+        length, checksum, end = 0, 0, b""
+        for piece in self._pieces(key):
+            length += len(piece)
+            checksum = google_crc32c.extend(checksum, piece)
+            end = (end + piece[-4:])[-4:]
         return length, checksum, end
+
+    def _pieces(self, key: str) -> Iterator[bytes]:
+        if self.local:
+            with open(f"{self.root}/{key}", "rb", buffering=0) as file:
+                while piece := file.read(_PIECE):
+                    yield piece
+            return
+        size = self.objects.stat(key)[0]
+        for start in range(0, size, _FETCH):
+            yield self.objects.read(key, start, min(start + _FETCH, size))
 
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Puts `data` under `key`, replacing what was there, atomically."""
         if not self.local:
-            self.fs.pipe_file(f"{self.root}/{key}", bytes(data))
+            self.objects.write(key, data)
             return
         temporary = self._write_temporary(key, data)
         try:
@@ -96,14 +110,21 @@ class Storage:
             os.unlink(temporary)
             raise self._refusal(key, error, len(data)) from error
 
+    def write_soon(self, key: str, data: bytes | memoryview) -> Future[None] | None:
+        """As `write`; in a store side by side with others, and then what tells how it went. Waits while there are many."""
+        if self.local:
+            self.write(key, data)
+            return None
+        return self._uploads.write(key, bytes(data))
+
+    @cached_property
+    def _uploads(self) -> _Uploads:
+        return _Uploads(self.objects)
+
     def create(self, key: str, data: bytes) -> bool:
         """Puts `data` under `key` unless something is there; says whether this call did."""
         if not self.local:
-            try:
-                self.fs.pipe_file(f"{self.root}/{key}", data, mode="create")
-            except FileExistsError:
-                return False
-            return True
+            return self.objects.create(key, data)
         temporary = self._write_temporary(key, data)
         try:
             os.link(temporary, f"{self.root}/{key}")
@@ -152,20 +173,15 @@ class Storage:
 
     def exists(self, key: str) -> bool:
         """Whether a file stands under `key`."""
-        return bool(
-            os.path.exists(f"{self.root}/{key}") if self.local else self.fs.exists(f"{self.root}/{key}")
-        )
+        return bool(os.path.exists(f"{self.root}/{key}") if self.local else self.objects.exists(key))
 
     def size(self, key: str) -> int:
         """Bytes under `key`."""
-        return int(
-            os.path.getsize(f"{self.root}/{key}") if self.local else self.fs.size(f"{self.root}/{key}")
-        )
+        return int(os.path.getsize(f"{self.root}/{key}") if self.local else self.objects.stat(key)[0])
 
     def modified(self, key: str) -> float:
         """When `key` was written, in seconds since 1970, by the clock of the storage."""
-        path = f"{self.root}/{key}"
-        return float(os.path.getmtime(path) if self.local else self.fs.modified(path).timestamp())
+        return os.path.getmtime(f"{self.root}/{key}") if self.local else self.objects.stat(key)[1]
 
     def names(self, key: str) -> list[str]:
         """Names of the entries directly below `key`, sorted, hidden ones left out; empty if there is no such folder."""
@@ -175,29 +191,29 @@ class Storage:
             except (FileNotFoundError, NotADirectoryError):
                 return []
         else:
-            try:
-                self.fs.invalidate_cache(f"{self.root}/{key}")
-                found = [
-                    str(entry).rstrip("/").rsplit("/", 1)[-1]
-                    for entry in self.fs.ls(f"{self.root}/{key}", detail=False)
-                ]
-            except FileNotFoundError:
-                return []
+            found = self.objects.names(key)
         return sorted(name for name in found if not name.startswith("."))
 
-    def walk(self, key: str) -> Iterator[str]:
-        """Keys of every file below `key`, hidden and temporary ones too."""
-        base = f"{self.root}/{key}" if key else self.root
-        for folder, _, files in self.fs.walk(base):
+    def listing(self, key: str) -> Iterator[tuple[str, Stat]]:
+        """(key, (bytes, when it was written)) of every file below `key`, hidden and temporary ones too."""
+        if not self.local:
+            yield from self.objects.listing(key)
+            return
+        for folder, _, files in os.walk(f"{self.root}/{key}" if key else self.root):
             for name in files:
-                yield f"{str(folder).rstrip('/')}/{name}"[len(self.root) + 1 :]
+                path = f"{folder.rstrip('/')}/{name}"
+                # Gone since it was listed: renamed or removed by whoever is at work on it.
+                with suppress(FileNotFoundError):
+                    about = os.stat(path)
+                    yield path[len(self.root) + 1 :], (about.st_size, about.st_mtime)
 
     def remove(self, key: str) -> None:
         """Removes one file; a missing one is no error."""
-        try:
-            self.fs.rm_file(f"{self.root}/{key}")
-        except FileNotFoundError:
+        if not self.local:
+            self.objects.remove(key)
             return
+        with suppress(FileNotFoundError):
+            os.unlink(f"{self.root}/{key}")
 
 
 def _is_path(uri: str) -> bool:
@@ -215,6 +231,21 @@ def _is_local(fs: Any) -> bool:
     from fsspec.implementations.local import LocalFileSystem
 
     return isinstance(fs, LocalFileSystem)
+
+
+class _Uploads:
+    """Puts objects by some threads; no more wait in memory than are under way."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+        self._pool = ThreadPoolExecutor(CONNECTIONS, "lakebed-upload")
+        self._room = threading.BoundedSemaphore(2 * CONNECTIONS)
+
+    def write(self, key: str, data: bytes) -> Future[None]:
+        self._room.acquire()
+        upload = self._pool.submit(self._objects.write, key, data)
+        upload.add_done_callback(lambda _: self._room.release())
+        return upload
 
 
 class _DirectWrites:

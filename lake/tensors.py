@@ -16,6 +16,7 @@ import numpy as np
 from . import codec
 from .errors import CorruptFile, MissingData
 from .names import encode_name
+from .object_store import CONNECTIONS
 from .receipts import Receipt
 from .steps import summarize_steps
 
@@ -95,6 +96,7 @@ class Tensor:
         self._lake = lake
         self._axis = axis
         self._folder = f"tensors/{run}/{quantity}/{encode_name(name)}"
+        self._readers = _READERS if lake.storage.local else CONNECTIONS
 
     @cached_property
     def layout(self) -> codec.Layout:
@@ -145,7 +147,7 @@ class Tensor:
             partial(self.read_block, int(chunks[start]), target)
             for (start, _), target in zip(parts, targets, strict=True)
         ]
-        for (start, stop), target, block in zip(parts, targets, _ahead(jobs), strict=True):
+        for (start, stop), target, block in zip(parts, targets, _ahead(jobs, self._readers), strict=True):
             if target is None:
                 selected = order[start:stop]
                 out[selected] = block[rows[selected] % self.layout.chunk_rows]
@@ -171,7 +173,7 @@ class Tensor:
         parts = list(_runs(rows // count))
         pieces = [parts[start:stop] for start, stop in self._pieces(len(parts))]
         jobs = [partial(self._read_piece, [int(rows[start]) // count for start, _ in of]) for of in pieces]
-        for of, block in zip(pieces, _ahead(jobs), strict=True):
+        for of, block in zip(pieces, _ahead(jobs, self._readers), strict=True):
             within = [rows[start:stop] % count + at * count for at, (start, stop) in enumerate(of)]
             inside = np.concatenate(within)
             whole = len(inside) == len(block) and bool((inside == np.arange(len(block))).all())
@@ -266,7 +268,7 @@ def missing_steps_message(
     )
 
 
-def _ahead(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
+def _ahead(jobs: Sequence[Callable[[], _T]], readers: int) -> Iterator[_T]:
     """What each job returns, in order: a few are done ahead, by threads.
 
     The first is done alone, so that a reader who stops after it has cost one.
@@ -275,10 +277,10 @@ def _ahead(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
     if len(jobs) < 2:
         return
     # A pool of its own: a shared one would not survive a fork.
-    pool = ThreadPoolExecutor(_READERS)
+    pool = ThreadPoolExecutor(readers)
     try:
-        waiting = deque(pool.submit(job) for job in jobs[1 : 1 + 2 * _READERS])
-        for at in range(1 + 2 * _READERS, len(jobs) + 2 * _READERS):
+        waiting = deque(pool.submit(job) for job in jobs[1 : 1 + 2 * readers])
+        for at in range(1 + 2 * readers, len(jobs) + 2 * readers):
             done = waiting.popleft().result()
             if at < len(jobs):
                 waiting.append(pool.submit(jobs[at]))

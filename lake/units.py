@@ -1,8 +1,8 @@
 """Writing: a unit of work gathers rows and tensor blocks and appears whole, or not at all.
 
-Order of a commit: Zarr chunks, Parquet files (each under a name no other attempt uses, renamed into place), then the
-receipt, created exclusively. Whoever creates the receipt first owns the unit; a second process that did the same
-work finds it there, removes its own files and goes on. A process that is killed leaves files that no receipt names.
+Order of a commit: Zarr chunks, Parquet files (each under a name no other attempt uses, renamed into place or put as one
+object), then the receipt, created exclusively. Whoever creates the receipt first owns the unit; a second process that did
+the same work finds it there, removes its own files and goes on. A process that is killed leaves files that no receipt names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import datetime
 import json
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -134,6 +136,7 @@ class UnitWriter:
         self._unordered: set[str] = set()
         self._blocks: list[RowBlock] = []
         self._files: list[FileEntry] = []
+        self._uploads: deque[Future[None]] = deque()
 
     def __enter__(self) -> UnitWriter:
         return self
@@ -217,9 +220,13 @@ class UnitWriter:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Writes one file of the unit and notes its checksum for the receipt."""
-        self._storage.write(key, data)
+        upload = self._storage.write_soon(key, data)
+        if upload is not None:
+            self._uploads.append(upload)
         checksum = codec.chunk_checksum(data) if key.startswith("tensors/") else google_crc32c.value(data)
         self._files.append(FileEntry(key, len(data), int(checksum)))
+        while self._uploads and self._uploads[0].done():
+            self._uploads.popleft().result()
 
     def commit(self) -> Receipt:
         """Makes the unit visible; returns its receipt, or the one another process wrote first from the same inputs."""
@@ -233,6 +240,8 @@ class UnitWriter:
                 rows += len(ordered)
                 key = f"tables/{table}/run={self.unit.run}/{self.unit.name}-{self._attempt}.parquet"
                 self.put(key, parquet_bytes(ordered))
+            while self._uploads:
+                self._uploads.popleft().result()
             receipt = self._receipt(rows)
         except BaseException:
             self.discard()
@@ -275,6 +284,8 @@ class UnitWriter:
 
     def discard(self) -> None:
         """Removes what was written; nothing of it was ever visible."""
+        wait(self._uploads)  # or it would come to stand after it was removed
+        self._uploads.clear()
         for entry in self._files:
             self._storage.remove(entry.path)
         self._files.clear()

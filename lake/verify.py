@@ -295,13 +295,9 @@ def _count_unreferenced(lake: Lake, receipts: list[Receipt], result: VerifyResul
     named.update(receipt.key for receipt in receipts)
     named.update(found.path for found in result.damaged)
     for folder in ("tables", "tensors"):
-        for key in lake.storage.walk(folder):
+        for key, (size, _) in lake.storage.listing(folder):
             if key in named or _is_metadata(key) or (run is not None and not _of_run(key, run)):
                 continue
-            try:
-                size = lake.storage.size(key)
-            except FileNotFoundError:
-                continue  # a writer at work renamed or removed it
             result.unreferenced_files += 1
             result.unreferenced_bytes += size
 

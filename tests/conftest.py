@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import attribution_lake, downstream_lake, formation_lake, route_lake, trained_probe_lake
+from tests import (
+    attribution_lake,
+    downstream_lake,
+    formation_lake,
+    route_lake,
+    s3_server,
+    trained_probe_lake,
+)
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +48,26 @@ def attribution_lake_path(tmp_path_factory) -> Path:
 def downstream_lake_path(tmp_path_factory) -> Path:
     """A short recorded training with a probe: copy it before you extract."""
     return downstream_lake.build(tmp_path_factory.mktemp("downstream"))
+
+
+@pytest.fixture(scope="session")
+def s3_session() -> Iterator[s3_server.Server]:
+    """A local S3 server."""
+    with s3_server.running() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_session, monkeypatch) -> s3_server.Server:
+    """The local S3 server, with the variables that lead there."""
+    for name, value in s3_session.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_session
+
+
+@pytest.fixture
+def bucket(s3) -> str:
+    """URI of a new bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    s3.make_bucket(name)
+    return f"s3://{name}"

@@ -336,7 +336,7 @@ def test_timestamps_are_utc(lake: Lake) -> None:
 
 
 def test_a_lake_behind_a_uri(write_unit) -> None:
-    """Writing, SQL and verify go through fsspec. (Polars' own reader knows no memory://; it does know s3://.)"""
+    """Writing, SQL and verify go through fsspec."""
     filesystem = fsspec.filesystem("memory")
     with Lake.create("memory://bucket/x.lake") as lake:
         write_unit(lake, range(8), {"a/b": np.arange(24, dtype=np.float32).reshape(8, 3)})
