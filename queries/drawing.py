@@ -68,7 +68,10 @@ def specification(chart: Chart, frame: pl.DataFrame, about: str, interactive: bo
 
 
 def _about(results: Results) -> str:
-    return f"run {results.run}, {'step' if len(results.steps) == 1 else 'steps'} {summarize_steps(results.steps)}"
+    about = results.report.about(results)
+    if not results.steps:
+        return about
+    return f"{about}, {'step' if len(results.steps) == 1 else 'steps'} {summarize_steps(results.steps)}"
 
 
 def _write(spec: str, path: Path, form: str) -> None:
