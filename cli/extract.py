@@ -19,6 +19,7 @@ from ..lake.datasets import (
     READOUTS,
     Need,
 )
+from .executor_options import Request, executor_options, make_executor
 from .intervention_options import intervention_needs
 from .options import lake_option, run_option, steps_option, threads_option
 from .scalar_options import OF_SCALARS, TAKERS, scalar_needs, scalar_options
@@ -91,6 +92,7 @@ def _dataset_option(name: str, metavar: str, about: str) -> Callable[[Any], Any]
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps, for forward passes.")
 @threads_option
+@executor_options
 def extract(
     datasets: tuple[str, ...],
     report: str | None,
@@ -100,6 +102,12 @@ def extract(
     batch_size: int | None,
     device: str,
     threads: int | None,
+    executor: str,
+    workers: int | None,
+    ray_address: str | None,
+    worker_cpus: float | None,
+    worker_gpus: float | None,
+    worker_memory: float | None,
     **options: tuple[str, ...],
 ) -> None:
     """Make datasets of a run, where they are missing.
@@ -111,7 +119,8 @@ def extract(
     Options may be repeated: each combination is a dataset.
 
     Without --steps: the steps whose weights are stored. A second call makes nothing; an interrupted one goes on.
-    With --for, the report's own options may follow, as `lakebed query` takes them.
+    With --for, the report's own options may follow, as `lakebed query` takes them. With --workers the steps are shared out
+    among processes, or with --executor ray among the machines of a cluster; rows and bits are the same.
     """
     if report is not None:
         needs = report_needs(report, run, steps, [*datasets, *_as_arguments(options)])
@@ -121,6 +130,9 @@ def extract(
             raise click.UsageError(f"No such option: {stray}" if stray else "name a DATASET, or --for REPORT")
         needs = dataset_needs(datasets, options)
 
+    request = Request(ray_address, worker_cpus, worker_gpus, worker_memory)
+    chosen = make_executor(executor, workers, threads, request)
+
     from ..extractors.plan import extract as run_extraction
     from ..extractors.threads import set_threads
     from ..lake import Lake
@@ -128,7 +140,9 @@ def extract(
 
     set_threads(threads)
     with Lake.open(lake_uri) as lake, Bars() as bars:
-        result = run_extraction(lake, run, needs, steps, progress=bars, device=device, batch_size=batch_size)
+        result = run_extraction(
+            lake, run, needs, steps, bars, device=device, batch_size=batch_size, executor=chosen
+        )
     made = {name: len(of) for name, of in result.made.items()}
     shown = {"lake": lake_uri, "run": run, "made": made, "standing": result.standing}
     click.echo(json.dumps({**shown, "rows": result.rows, "bytes": result.bytes}))

@@ -67,6 +67,11 @@ class Executor(Protocol):
     after those at work are done; those not begun by then are left.
     """
 
+    @property
+    def workers(self) -> int:
+        """How many units it does at a time."""
+        ...
+
     def run(self, units: Iterable[Work], progress: Progress) -> list[Any]:
         """Results, one per unit."""
         ...
@@ -128,12 +133,17 @@ class Sequential:
 
     logs: Path | None = None
 
+    @property
+    def workers(self) -> int:
+        """One."""
+        return 1
+
     def run(self, units: Iterable[Work], progress: Progress) -> list[Any]:
         """Results, in order."""
         found = []
         for work in units:
             outcome = perform(work, _noted(work, progress), capture=False)
-            _require(work, outcome, self.logs)
+            require(work, outcome, self.logs)
             found.append(outcome.result)
         return found
 
@@ -203,7 +213,7 @@ class _Pool:
                 assert isinstance(pipe, Connection)
                 self._listen(busy[pipe])
         for index in sorted(self._outcomes):
-            _require(self._units[index], self._outcomes[index], self._of.logs)
+            require(self._units[index], self._outcomes[index], self._of.logs)
         return [self._outcomes[index].result for index in range(len(self._units))]
 
     def _hand_out(self) -> None:
@@ -285,7 +295,7 @@ def _note(work: Work, note: str) -> str:
     return f"{work.name}: {note}" if note else work.name
 
 
-def _require(work: Work, outcome: Outcome, logs: Path | None) -> None:
+def require(work: Work, outcome: Outcome, logs: Path | None) -> None:
     """Raises UnitFailed for a unit that failed, its log beside it on disk."""
     if outcome.error is None:
         return

@@ -156,7 +156,7 @@ class StateReader:
         when the next one is asked for. `moments=False` reads weights alone where they are stored."""
         wanted = sorted(set(steps))
         self.require(wanted)
-        for anchor, group in groupby(wanted, key=self._anchor):
+        for anchor, group in groupby(wanted, key=self.anchor):
             inside = list(group)
             start = self._stored(anchor, moments or inside[-1] != anchor)
             if inside[0] == anchor:
@@ -204,7 +204,7 @@ class StateReader:
         """Steps whose state is stored, ascending."""
         return list(self._anchors)
 
-    def _anchor(self, step: int) -> int:
+    def anchor(self, step: int) -> int:
         """The stored step at or before `step`."""
         at = bisect_right(self._anchors, step)
         if not at:
