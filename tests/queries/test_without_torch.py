@@ -43,7 +43,11 @@ print(json.dumps(sorted(name for name in ("altair", "vl_convert", "zarr") if nam
 # type and no attention of corrupted records; those over updates a copy of that, with these steps.
 _MADE_UP = {"optimizer-update-trace": "traced", "weight-svd-trace": "ref", "weight-svd-patterns": "ref"}
 _UPDATES = {"checkpoints": "50,100,150", "window": "50:52"}
-_OPTIONS = {"attention-retrieval-chain-report": {"max_pairs_per_type": 4, "record_side": ["clean"]}}
+_OPTIONS = {
+    "attention-retrieval-chain-report": {"max_pairs_per_type": 4, "record_side": ["clean"]},
+    # Eleven components there take more than the eight changes of four pairs.
+    "output-route-closure": {"pair_type": ["support_value", "query_key"]},
+}
 
 
 @pytest.fixture(scope="module")
