@@ -70,7 +70,7 @@ class Pipeline:
     # -- configs -----------------------------------------------------------------------------------------------
 
     def write_configs(self) -> None:
-        """A configuration per seed, and the manifest of all."""
+        """A configuration per seed, and the manifest of all; paths in it are relative to its own folder."""
         from ..extractors.seeds import read_config
 
         plan = self.plan
@@ -80,7 +80,7 @@ class Pipeline:
             read_config(plan.seed_config(seed))
             text = json.dumps(plan.seed_config(seed), indent=2, sort_keys=True) + "\n"
             write_output(plan.seed_folder(seed) / "run_config.json", text, self.overwrite)
-        manifest = {"lake": plan.lake, "base_config": json.loads(plan.config), "seeds": list(every.values())}
+        manifest = {"base_config": json.loads(plan.config), "seeds": list(every.values())}
         text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
         write_output(plan.manifest, text, True)
 
@@ -91,7 +91,7 @@ class Pipeline:
             "seed": seed,
             "run": plan.run(seed),
             "end_step": plan.end_step,
-            "config": str(plan.seed_folder(seed) / "run_config.json"),
+            "config": plan.relative(plan.seed_folder(seed) / "run_config.json"),
             "config_sha256": content_hash(config),
         }
 

@@ -251,6 +251,10 @@ class CrossSeed:
 
     # -- where things lie --------------------------------------------------------------------------------------
 
+    def relative(self, path: Path) -> str:
+        """A path below the output folder as files in it name it, so that the folder may be moved."""
+        return path.relative_to(self.out).as_posix()
+
     @property
     def manifest(self) -> Path:
         """Which seeds there are, and of which configuration."""

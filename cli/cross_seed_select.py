@@ -84,7 +84,7 @@ def _candidate(lake: Lake, plan: CrossSeed, seed: int, layer: int, head: int) ->
         "context_stage": plan.stage_of(layer),
         "score": row[_GROWTH],
         **{name: row[name] for name in _CSV if name in row},
-        "report": str(folder / Path(f"{SCAN.replace('-', '_')}_report.json")),
+        "report": plan.relative(folder / f"{SCAN.replace('-', '_')}_report.json"),
         "summary": row,
         "chance_win_rate": report["chance_win_rate"],
         "trajectory": [of for of in map(json.loads, lines) if of["projection"] == row["projection"]],

@@ -91,7 +91,7 @@ def test_results_come_in_order_and_progress_adds_up(executor):
 )
 def test_a_known_error_is_its_own_line(executor, tmp_path):
     units = [work(squared, value=2), work(failing, "extracting seed 13", kind="known")]
-    with pytest.raises(UnitFailed, match="^extracting seed 13: no steps here: record some"):
+    with pytest.raises(UnitFailed, match=r"^extracting seed 13: no steps here: record some"):
         executor(tmp_path).run(units, Counted())
 
 
@@ -114,7 +114,7 @@ def test_a_unit_whose_process_was_killed_is_done_again(tmp_path):
 
 
 def test_a_unit_that_is_killed_twice_fails(tmp_path):
-    with pytest.raises(UnitFailed, match="unit: its process was ended 2 times .* use fewer --workers"):
+    with pytest.raises(UnitFailed, match=r"unit: its process was ended 2 times .* use fewer --workers"):
         LocalProcesses(1, 1).run([work(dying, folder=str(tmp_path), times=9)], Counted())
     assert len(list(tmp_path.iterdir())) == 2
 

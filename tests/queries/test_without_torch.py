@@ -16,6 +16,7 @@ from lakebed.queries.registry import load_report, report_names
 from tests import trained_probe_lake
 
 from .conftest import make_svd_lake, make_trace_lake
+from .cross_seed_rows import make_cross_seed_lake
 
 _PROGRAM = """
 import json, sys
@@ -41,7 +42,12 @@ print(json.dumps(sorted(name for name in ("altair", "vl_convert", "zarr") if nam
 """
 # Reports over weights and what training logged read a made-up lake; those over a probe a trained one, which has four pairs of a
 # type and no attention of corrupted records; those over updates a copy of that, with these steps.
-_MADE_UP = {"optimizer-update-trace": "traced", "weight-svd-trace": "ref", "weight-svd-patterns": "ref"}
+_MADE_UP = {
+    "optimizer-update-trace": "traced",
+    "weight-svd-trace": "ref",
+    "weight-svd-patterns": "ref",
+    "cross-seed": "made_seed_0002",
+}
 _UPDATES = {"checkpoints": "50,100,150", "window": "50:52"}
 _OPTIONS = {
     "attention-retrieval-chain-report": {"max_pairs_per_type": 4, "record_side": ["clean"]},
@@ -55,6 +61,7 @@ def uri(tmp_path_factory):
     path = tmp_path_factory.mktemp("lakes") / "both.lake"
     make_svd_lake(path, [1, 2, 3]).lake.close()
     make_trace_lake(path, [1, 2, 3]).lake.close()
+    make_cross_seed_lake(path).close()
     return str(path)
 
 
