@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -98,6 +99,7 @@ class RayExecutor:
         quiet = {"log_to_driver": False, "logging_level": "error"}
         try:
             if self.address is not None:
+                _knock(self.address)
                 ray.init(address=self.address, **quiet)
             else:
                 ray.init(
@@ -248,6 +250,13 @@ def _ray() -> Any:
         return importlib.import_module("ray")
     except ImportError as error:
         raise RayMissing(f"--executor ray needs Ray ({error}): run `pip install 'lakebed[ray]'`") from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
 
 
 def _machines(ray: Any) -> list[Mapping[str, float]]:

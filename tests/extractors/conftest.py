@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from lakebed.extractors.plan import extract
 from lakebed.extractors.training import train
 from lakebed.lake import Lake
 from lakebed.lake.datasets import Need
+
+from tests.attribution_lake import RUN
+from tests.shared_work import STEPS, needs
 
 NUM_STEPS = 48
 
@@ -63,6 +67,16 @@ def trained(tmp_path_factory, config, benchmark_data) -> Path:
         train(lake, "exact", config, benchmark=benchmark_data, anchor_every=16)
         train(lake, "full", config, benchmark=benchmark_data, anchor_every=16, store="full")
         extract(lake, "exact", [Need("svd")], "0:48:12")
+    return path
+
+
+@pytest.fixture(scope="session")
+def extracted_alone(tmp_path_factory, attribution_lake_path) -> Path:
+    """What one process leaves of `shared_work.needs()`: read it, do not write it."""
+    path = tmp_path_factory.mktemp("alone") / "x.lake"
+    shutil.copytree(attribution_lake_path, path)
+    with Lake.open(path) as lake:
+        extract(lake, RUN, needs(), STEPS)
     return path
 
 

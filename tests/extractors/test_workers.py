@@ -24,16 +24,9 @@ def copy_of(path: Path, folder: Path) -> Path:
     return Path(shutil.copytree(path, folder / "x.lake"))
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, attribution_lake_path) -> Path:
-    """What one process leaves."""
-    path = copy_of(attribution_lake_path, tmp_path_factory.mktemp("alone"))
-    with Lake.open(path) as lake:
-        extract(lake, RUN, needs(), STEPS)
-    return path
-
-
-def test_two_workers_leave_the_same_lake_though_one_is_killed(alone, attribution_lake_path, tmp_path) -> None:
+def test_two_workers_leave_the_same_lake_though_one_is_killed(
+    extracted_alone, attribution_lake_path, tmp_path
+) -> None:
     path, bar = copy_of(attribution_lake_path, tmp_path), Bar()
     mortal = Mortal(LocalProcesses(2, logs=tmp_path), tmp_path)
     with Lake.open(path) as lake:
@@ -52,16 +45,16 @@ def test_two_workers_leave_the_same_lake_though_one_is_killed(alone, attribution
     assert mortal.mark.exists()
     assert bar.done == bar.total == 25 + 24
     assert not any(again.made.values())
-    assert_same(alone, path)
+    assert_same(extracted_alone, path)
 
 
-def test_the_executor_of_one_process_leaves_it_too(alone, attribution_lake_path, tmp_path) -> None:
+def test_the_executor_of_one_process_leaves_it_too(extracted_alone, attribution_lake_path, tmp_path) -> None:
     path = copy_of(attribution_lake_path, tmp_path)
     with Lake.open(path) as lake:
         extract(lake, RUN, needs()[:4], STEPS, executor=Sequential())
         rest = extract(lake, RUN, needs(), STEPS, executor=Sequential())
     assert rest.made[SVD] == []
-    assert_same(alone, path)
+    assert_same(extracted_alone, path)
 
 
 def test_what_goes_wrong_in_a_worker_is_one_line(attribution_lake_path, tmp_path) -> None:
