@@ -79,20 +79,23 @@ class Storage:
                 return file.read()
         return self.objects.read(key)
 
-    def checksum(self, key: str) -> tuple[int, int, bytes]:
-        """Length, CRC-32C and last four bytes of `key`, read in pieces."""
+    def checksum(self, key: str, about: int) -> tuple[int, int, bytes]:
+        """Length, CRC-32C and last four bytes of `key`, which should have `about` bytes, read in pieces."""
         length, checksum, end = 0, 0, b""
-        for piece in self._pieces(key):
+        for piece in self._pieces(key, about):
             length += len(piece)
             checksum = google_crc32c.extend(checksum, piece)
             end = (end + piece[-4:])[-4:]
         return length, checksum, end
 
-    def _pieces(self, key: str) -> Iterator[bytes]:
+    def _pieces(self, key: str, about: int) -> Iterator[bytes]:
         if self.local:
             with open(f"{self.root}/{key}", "rb", buffering=0) as file:
                 while piece := file.read(_PIECE):
                     yield piece
+            return
+        if about <= _FETCH:
+            yield self.objects.read(key)
             return
         size = self.objects.stat(key)[0]
         for start in range(0, size, _FETCH):

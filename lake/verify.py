@@ -233,7 +233,7 @@ def _compared(
 def difference(lake: Lake, entry: FileEntry) -> str | None:
     """How a file differs from its receipt, or None."""
     try:
-        length, checksum, end = lake.storage.checksum(entry.path)
+        length, checksum, end = lake.storage.checksum(entry.path, entry.bytes)
     except FileNotFoundError:
         return "missing"
     except OSError as error:
