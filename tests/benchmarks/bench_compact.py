@@ -26,7 +26,7 @@ _IMPORTS = "import click, duckdb, numpy, pydantic, pyarrow.parquet"
 _QUERY = "import sys; sys.argv.insert(1, 'query'); from lakebed.cli import main; main()"
 
 
-def build(path: Path) -> None:
+def build(path: Path | str) -> None:
     """Singular values of one small matrix at 2,000 steps, a unit per step."""
     with Lake.create(path) as lake:
         for step in range(UNITS):
