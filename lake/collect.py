@@ -71,10 +71,11 @@ def collect(lake: Lake, garbage: Iterable[Garbage], progress: Progress | None = 
     listed = list(garbage)
     if any(of.kind == SUPERSEDED for of in listed) and lake.storage.exists(VIEWS_FILE):
         write_catalog(lake)
-    for of in listed:
-        lake.storage.remove(of.key)
-        if progress is not None:
-            progress()
+    receipts = [of.key for of in listed if of.key.startswith(FOLDER)]
+    for keys in (receipts, [of.key for of in listed if not of.key.startswith(FOLDER)]):
+        for _ in lake.storage.remove_all(keys):
+            if progress is not None:
+                progress()
 
 
 def totals(garbage: Iterable[Garbage]) -> dict[str, dict[str, int]]:

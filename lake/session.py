@@ -46,7 +46,14 @@ class Session:
         """Lets DuckDB read from the lake's store."""
         from .object_files import ObjectFiles
 
-        files = ObjectFiles(self._lake.storage, self._missing, self._failures)
+        # A lazy frame may keep the files until the interpreter exits; it must not keep the connection with them.
+        session = weakref.ref(self)
+
+        def missing(key: str) -> str:
+            found = session()
+            return f"{key} is missing" if found is None else found._missing(key)
+
+        files = ObjectFiles(self._lake.storage, missing, self._failures)
         self.connection.register_filesystem(files)
         return files
 

@@ -286,8 +286,8 @@ class UnitWriter:
         """Removes what was written; nothing of it was ever visible."""
         wait(self._uploads)  # or it would come to stand after it was removed
         self._uploads.clear()
-        for entry in self._files:
-            self._storage.remove(entry.path)
+        for _ in self._storage.remove_all([entry.path for entry in self._files]):
+            pass
         self._files.clear()
         self._tables.clear()
 
