@@ -358,7 +358,9 @@ def test_credentials_that_are_missing(remote, monkeypatch, tmp_path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(NoCredentials, match=r"no credentials for s3://.*: set AWS_ACCESS_KEY_ID and") as error:
+    with pytest.raises(
+        NoCredentials, match=r"no credentials for s3://.*: set AWS_ACCESS_KEY_ID and"
+    ) as error:
         Lake.open(remote.uri)
     one_line(error)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
