@@ -15,14 +15,18 @@ from ..queries.output import OutputExists
 from .cross_seed_plan import SCAN, CrossSeed
 from .cross_seed_select import choose, merged, read_scans, write_output, write_selection
 from .cross_seed_units import (
-    adam_seed,
+    attribute_head,
     is_attributed,
     is_scanned,
     is_trained,
     require_trace,
     scan_head,
     unrecorded,
+    window_of_seed,
 )
+
+# Label, layer, head.
+Candidate = tuple[str, int, int]
 
 
 class NotConfigured(LakebedError):
@@ -30,10 +34,22 @@ class NotConfigured(LakebedError):
 
 
 class Pipeline:
-    """Runs stages of a plan. Each does what is missing; what another plan left in the same place is an error."""
+    """Runs stages of a plan. Each does what is missing; what another plan left in the same place is an error.
 
-    def __init__(self, plan: CrossSeed, executor: Executor, progress: Progress, overwrite: bool) -> None:
+    Units that train and extract go to `executor`, which may be on other machines; those that write reports below `out` go to
+    `reporter`, on this one.
+    """
+
+    def __init__(
+        self,
+        plan: CrossSeed,
+        executor: Executor,
+        progress: Progress,
+        overwrite: bool,
+        reporter: Executor | None = None,
+    ) -> None:
         self.plan, self.executor, self.progress, self.overwrite = plan, executor, progress, overwrite
+        self.reporter = reporter or executor
         self._json = plan.to_json()
 
     def run(self, stages: Sequence[str], cleanup: bool = False) -> dict[str, Any]:
@@ -62,9 +78,8 @@ class Pipeline:
         else:
             chosen = {seed: [] for seed in self.plan.seeds}
         if {"trace-adam", "adam"} & set(stages) or cleanup:
-            done = self.attribute(stages, chosen, cleanup)
+            shown["freed_bytes"] = self.attribute(stages, chosen, cleanup)
             shown["adam_reports"] = self._adam_folders(chosen) if "adam" in stages else []
-            shown["freed_bytes"] = sum(of["freed_bytes"] for of in done)
         return shown
 
     # -- configs -----------------------------------------------------------------------------------------------
@@ -174,7 +189,7 @@ class Pipeline:
                 for seed, of in needs.items()
             ],
         )
-        self._run(
+        self._report(
             "scan reports",
             [
                 Work.of(
@@ -201,7 +216,7 @@ class Pipeline:
             )
         return made
 
-    def select(self) -> dict[int, list[tuple[str, int, int]]]:
+    def select(self) -> dict[int, list[Candidate]]:
         """Stage select: heads in order of growth; (label, layer, head) of the candidates of every seed."""
         with Lake.open(self.plan.lake) as lake:
             found = {seed: read_scans(lake, self.plan, seed) for seed in self.plan.seeds}
@@ -210,59 +225,101 @@ class Pipeline:
 
     # -- the recorded window -----------------------------------------------------------------------------------
 
-    def attribute(
-        self, stages: Sequence[str], chosen: Mapping[int, list[tuple[str, int, int]]], cleanup: bool
-    ) -> list[dict[str, Any]]:
-        """Stages trace-adam and adam, a unit per seed: with a cleanup, as many traces exist at a time as units at work."""
+    def attribute(self, stages: Sequence[str], chosen: Mapping[int, list[Candidate]], cleanup: bool) -> int:
+        """Stages trace-adam and adam; the bytes that a cleanup freed.
+
+        With a cleanup, as many seeds go through at a time as the executor has workers, and so many traces exist at once.
+        """
+        due = [seed for seed in chosen if self._is_due(stages, seed, chosen[seed], cleanup)]
+        at_once = max(1, self.executor.workers if cleanup else len(due))
+        freed = 0
+        for start in range(0, len(due), at_once):
+            batch = {seed: chosen[seed] for seed in due[start : start + at_once]}
+            self._attribute_batch(stages, batch)
+            freed += sum(self._drop(seed, of) for seed, of in batch.items() if cleanup)
+        return freed
+
+    def _attribute_batch(self, stages: Sequence[str], batch: Mapping[int, list[Candidate]]) -> None:
         plan = self.plan
         with Lake.open(plan.lake) as lake:
-            due = {seed: of for seed, of in chosen.items() if self._is_due(lake, stages, seed, of, cleanup)}
-        steps = plan.adam_end - plan.trace_from
-        found: list[dict[str, Any]] = self._run(
+            missing = {
+                seed: [of for of in candidates if not is_attributed(lake, plan, seed, *of)]
+                for seed, candidates in batch.items()
+            }
+        asked = [stage for stage in ("trace-adam", "adam") if stage in stages]
+        self._run(
             "attributing" if "adam" in stages else "recording",
             [
                 Work.of(
                     f"steps {plan.adam_start} to {plan.adam_end} of seed {seed}",
-                    adam_seed,
-                    steps,
+                    window_of_seed,
+                    plan.adam_end - plan.trace_from,
                     plan=self._json,
                     seed=seed,
-                    candidates=[list(of) for of in candidates],
-                    stages=[stage for stage in ("trace-adam", "adam") if stage in stages],
-                    cleanup=cleanup,
-                    overwrite=self.overwrite,
+                    candidates=[list(of) for of in left],
+                    stages=asked,
                 )
-                for seed, candidates in due.items()
+                for seed, left in missing.items()
+                if asked and (left or "adam" not in stages)
             ],
         )
-        return found
+        if "adam" in stages:
+            self._report(
+                "attribution reports",
+                [
+                    Work.of(
+                        f"attribution of L{layer}H{head} of seed {seed}",
+                        attribute_head,
+                        plan=self._json,
+                        seed=seed,
+                        label=label,
+                        layer=layer,
+                        head=head,
+                        overwrite=self.overwrite,
+                    )
+                    for seed, left in missing.items()
+                    for label, layer, head in left
+                ],
+            )
 
-    def _is_due(
-        self,
-        lake: Lake,
-        stages: Sequence[str],
-        seed: int,
-        candidates: list[tuple[str, int, int]],
-        cleanup: bool,
-    ) -> bool:
+    def _is_due(self, stages: Sequence[str], seed: int, candidates: list[Candidate], cleanup: bool) -> bool:
         """Whether there is something to do for a seed. Raises TraceNotFound for adam without its trace."""
-        left = unrecorded(lake, self.plan, seed)
-        done = bool(candidates) and is_attributed(lake, self.plan, seed, candidates)
-        if "adam" not in stages:
-            return bool(left) if "trace-adam" in stages else done and not left
-        if not done and "trace-adam" not in stages:
-            require_trace(lake, self.plan, seed)
-        return not done or (cleanup and not left)
+        with Lake.open(self.plan.lake) as lake:
+            recorded = not unrecorded(lake, self.plan, seed)
+            done = self._is_attributed(lake, seed, candidates)
+            if "adam" not in stages:
+                return not recorded if "trace-adam" in stages else done and recorded
+            if not done and "trace-adam" not in stages:
+                require_trace(lake, self.plan, seed)
+            return not done or (cleanup and recorded)
 
-    def _adam_folders(self, chosen: Mapping[int, list[tuple[str, int, int]]]) -> list[str]:
+    def _is_attributed(self, lake: Lake, seed: int, candidates: list[Candidate]) -> bool:
+        return bool(candidates) and all(is_attributed(lake, self.plan, seed, *of) for of in candidates)
+
+    def _drop(self, seed: int, candidates: list[Candidate]) -> int:
+        """Drops the recorded steps of a seed whose candidates all have their reports; the bytes that it frees."""
+        from ..extractors.seeds import drop_trace
+
+        with Lake.open(self.plan.lake) as lake:
+            if not self._is_attributed(lake, seed, candidates):
+                return 0
+            return drop_trace(lake, self.plan.traced_run(seed))
+
+    def _adam_folders(self, chosen: Mapping[int, list[Candidate]]) -> list[str]:
         return [
             str(self.plan.adam_folder(seed, layer, head, label))
             for seed, of in chosen.items()
             for label, layer, head in of
         ]
 
-    def _run(self, label: str, units: list[Work]) -> list[Any]:
-        if not units:
-            return []
-        self.progress.start(label, sum(work.parts for work in units))
-        return self.executor.run(units, self.progress)
+    def _run(self, label: str, units: list[Work]) -> None:
+        _do(self.executor, self.progress, label, units)
+
+    def _report(self, label: str, units: list[Work]) -> None:
+        _do(self.reporter, self.progress, label, units)
+
+
+def _do(executor: Executor, progress: Progress, label: str, units: list[Work]) -> None:
+    if units:
+        progress.start(label, sum(work.parts for work in units))
+        executor.run(units, progress)

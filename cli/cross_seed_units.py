@@ -150,46 +150,44 @@ def scan_head(
     return str(folder)
 
 
-def adam_seed(
+def window_of_seed(
     progress: Progress,
     plan: Mapping[str, Any],
     seed: int,
     candidates: Sequence[tuple[str, int, int]],
     stages: Sequence[str],
-    cleanup: bool,
-    overwrite: bool,
 ) -> dict[str, Any]:
-    """Stages trace-adam and adam of a seed: record the window, attribute each candidate's (label, layer, head), report.
-
-    What stands is not done again: once every candidate has its report, neither are the steps recorded again that a
-    `cleanup` has dropped. Raises TraceNotFound for adam without its trace.
-    """
-    from ..extractors.seeds import drop_trace, record_window
+    """What stages trace-adam and adam make in the lake for a seed: the recorded steps, and what the reports of the
+    candidates (label, layer, head) read, in one pass over them."""
+    from ..extractors.seeds import extract_needs, plain_needs, record_window
+    from ..queries.registry import load_report
 
     asked = CrossSeed.from_json(plan)
-    chosen = [(label, layer, head) for label, layer, head in candidates]
+    run, into = asked.run(seed), asked.traced_run(seed)
+    if "trace-adam" in stages:
+        window = (asked.trace_from, asked.adam_start, asked.adam_end)
+        record_window(progress, asked.lake, run, into, *window, asked.probe)
+    if "adam" not in stages:
+        return {"run": into}
+    reports = [load_report(ADAM).parse(asked.adam_report(seed, *of)) for _, *of in candidates]
+    needs = plain_needs(need for report in reports for need in report.needs())
+    return extract_needs(progress, asked.lake, into, needs, str(reports[0].steps), asked.device)
+
+
+def attribute_head(
+    progress: Progress, plan: Mapping[str, Any], seed: int, label: str, layer: int, head: int, overwrite: bool
+) -> str:
+    """The attribution report of one candidate of one seed, and its sums as rows of the seed's run."""
+    asked = CrossSeed.from_json(plan)
+    options = asked.adam_report(seed, layer, head)
+    folder = asked.adam_folder(seed, layer, head, label)
+    progress.start("report", 1)
     with Lake.open(asked.lake) as lake:
-        missing = [of for of in chosen if not _is_attributed(lake, asked, seed, *of)]
-    if "trace-adam" in stages and (missing or "adam" not in stages):
-        record_window(
-            progress,
-            asked.lake,
-            asked.run(seed),
-            asked.traced_run(seed),
-            asked.trace_from,
-            asked.adam_start,
-            asked.adam_end,
-            asked.probe,
-        )
-    freed = 0
-    with Lake.open(asked.lake) as lake:
-        if "adam" in stages and missing:
-            _attribute(progress, lake, asked, seed, missing, overwrite)
-            missing = []
-        if cleanup and chosen and not missing:
-            freed = drop_trace(lake, asked.traced_run(seed))
-    folders = [str(asked.adam_folder(seed, layer, head, label)) for label, layer, head in chosen]
-    return {"seed": seed, "run": asked.traced_run(seed), "reports": folders, "freed_bytes": freed}
+        inputs = made_from(lake, ADAM, options, [asked.adam_start])
+        write_report(lake, ADAM, options, folder, inputs, overwrite)
+        _keep_sums(lake, asked, seed, layer, head, check_stamp(folder, inputs), inputs)
+    progress.advance()
+    return str(folder)
 
 
 def require_trace(lake: Lake, plan: CrossSeed, seed: int) -> None:
@@ -202,12 +200,8 @@ def require_trace(lake: Lake, plan: CrossSeed, seed: int) -> None:
         )
 
 
-def is_attributed(lake: Lake, plan: CrossSeed, seed: int, candidates: Sequence[tuple[str, int, int]]) -> bool:
-    """Whether every candidate of a seed has its report."""
-    return all(_is_attributed(lake, plan, seed, *of) for of in candidates)
-
-
-def _is_attributed(lake: Lake, plan: CrossSeed, seed: int, label: str, layer: int, head: int) -> bool:
+def is_attributed(lake: Lake, plan: CrossSeed, seed: int, label: str, layer: int, head: int) -> bool:
+    """Whether a candidate has its report."""
     options = plan.adam_report(seed, layer, head)
     if str(options["run"]) not in lake.runs():
         return False
@@ -216,32 +210,6 @@ def _is_attributed(lake: Lake, plan: CrossSeed, seed: int, label: str, layer: in
     except MissingData:
         return False
     return is_made(plan.adam_folder(seed, layer, head, label), inputs)
-
-
-def _attribute(
-    progress: Progress,
-    lake: Lake,
-    plan: CrossSeed,
-    seed: int,
-    candidates: Sequence[tuple[str, int, int]],
-    overwrite: bool,
-) -> None:
-    """One extraction for all candidates, then a report of each, and its sums as rows of the seed's run."""
-    from ..extractors.seeds import extract_needs, plain_needs
-    from ..queries.registry import load_report
-
-    require_trace(lake, plan, seed)
-    options = {of: plan.adam_report(seed, of[1], of[2]) for of in candidates}
-    reports = [load_report(ADAM).parse(values) for values in options.values()]
-    needs = plain_needs(need for report in reports for need in report.needs())
-    run, steps = plan.traced_run(seed), str(reports[0].steps)
-    extract_needs(progress, plan.lake, run, needs, steps, plan.device)
-    lake.refresh()
-    for (label, layer, head), values in options.items():
-        inputs = made_from(lake, ADAM, values, [plan.adam_start])
-        folder = plan.adam_folder(seed, layer, head, label)
-        write_report(lake, ADAM, values, folder, inputs, overwrite)
-        _keep_sums(lake, plan, seed, layer, head, check_stamp(folder, inputs), inputs)
 
 
 def _keep_sums(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from .cross_seed_plan import LABELS, STAGES, CrossSeed
+from .executor_options import Request, executor_options, make_executor
 from .options import lake_option
 
 if TYPE_CHECKING:
@@ -164,25 +165,12 @@ def _run_options(function: Function) -> Function:
         click.option("--overwrite", is_flag=True, help="Replace outputs that were made otherwise."),
         click.option("--dry-run", is_flag=True, help="Only say what would be done, in bytes and seconds."),
         click.option(
-            "--executor",
-            type=click.Choice(["local"]),
-            default="local",
-            show_default=True,
-            help="Where units run.",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Processes [default: one per core and seed].",
-        ),
-        click.option(
             "--threads",
             type=click.IntRange(1),
             default=1,
             show_default=True,
             metavar="N",
-            help="Threads of each.",
+            help="Threads of each worker.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps."),
     ):
@@ -201,6 +189,7 @@ def _run_options(function: Function) -> Function:
 @_seed_options
 @_scan_options
 @_adam_options
+@executor_options
 @_run_options
 def cross_seed(
     lake_uri: str,
@@ -212,6 +201,10 @@ def cross_seed(
     dry_run: bool,
     executor: str,
     workers: int | None,
+    ray_address: str | None,
+    worker_cpus: float | None,
+    worker_gpus: float | None,
+    worker_memory: float | None,
     threads: int,
     **options: Any,
 ) -> None:
@@ -221,27 +214,33 @@ def cross_seed(
     the head whose QK separation grew most over the window, records every step of another window and splits what the updates
     did to the chosen heads into AdamW's terms. `lakebed query cross-seed` compares the seeds.
 
-    Stages: configs, trace-scan, scan, select, trace-adam, adam. The same command again does only what is missing; bits do
-    not depend on --workers. Prints one JSON object.
+    Stages: configs, trace-scan, scan, select, trace-adam, adam. The same command again does only what is missing. Without
+    --workers there is a process per core, at most one per seed; bits do not depend on it. Prints one JSON object.
     """
     from .cross_seed import Pipeline
     from .progress import Bars
 
     plan = _plan(lake_uri, base_config, run_name, options)
     ordered = [stage for stage in STAGES if stage in (stages or STAGES)]
-    workers = workers or min(_cores(), len(plan.seeds))
+    here = min(_cores(), len(plan.seeds))
     if dry_run:
         from ..extractors.threads import set_threads
         from .cross_seed_estimate import estimate, table
 
         set_threads(threads)
-        found = estimate(plan, ordered, workers)
+        found = estimate(plan, ordered, workers or here)
         click.echo(table(found), err=True)
         click.echo(json.dumps(found, indent=2))
         return
+    reporter = _local(here if executor == "ray" else workers or here, threads, plan)
+    if executor == "ray" or any((ray_address, worker_cpus, worker_gpus, worker_memory)):
+        request = Request(ray_address, worker_cpus, worker_gpus, worker_memory)
+        made = make_executor(executor, workers, threads, request)
+        assert made is not None
+    else:
+        made = reporter
     with Bars() as bars:
-        made = _executor(executor, workers, threads, plan)
-        shown = Pipeline(plan, made, bars, overwrite).run(ordered, cleanup)
+        shown = Pipeline(plan, made, bars, overwrite, reporter).run(ordered, cleanup)
     click.echo(json.dumps(shown, indent=2))
 
 
@@ -273,8 +272,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _executor(name: str, workers: int, threads: int, plan: CrossSeed) -> Executor:
-    """Another executor is one more branch here."""
+def _local(workers: int, threads: int, plan: CrossSeed) -> Executor:
     from ..extractors.executor import LocalProcesses, Sequential
     from ..extractors.threads import set_threads
 
