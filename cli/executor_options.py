@@ -63,10 +63,13 @@ def executor_options(function: Function) -> Function:
     return function
 
 
-def make_executor(name: str, workers: int | None, threads: int | None, request: Request) -> Executor | None:
-    """The executor that was asked for; None: the work is done here. Each worker has `threads` threads of torch, one by
-    default. Raises UsageError for an option of another executor, RayMissing."""
-    logs = Path(tempfile.gettempdir()) / f"lakebed-{os.getpid()}"
+def make_executor(
+    name: str, workers: int | None, threads: int | None, request: Request, logs: Path | None = None
+) -> Executor | None:
+    """The executor that was asked for; None: the work is done here. Each worker has `threads` threads of torch, by default
+    one, or one for each of its CPUs. Logs of units that failed go to a temporary folder unless another is named. Raises
+    UsageError for an option of another executor, RayMissing."""
+    logs = logs or Path(tempfile.gettempdir()) / f"lakebed-{os.getpid()}"
     if name == "ray":
         from ..extractors.ray_executor import RayExecutor
 

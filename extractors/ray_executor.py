@@ -42,8 +42,8 @@ class NoRoom(LakebedError):
 
 @dataclass
 class RayExecutor:
-    """Up to `workers` units at a time (default: as many as the cluster has room for), each with `cpus`, `gpus` and
-    `memory` bytes of its own, and `threads` threads of torch (default: one).
+    """Up to `limit` units at a time (default: as many as the cluster has room for), each with `cpus`, `gpus` and
+    `memory` bytes of its own, and `threads` threads of torch (default: one per CPU).
 
     Without an `address` Ray is started on this machine, and ends with this process or with `close`. Raises RayMissing,
     RayUnavailable, NoRoom.
@@ -169,9 +169,8 @@ class _Tasks:
         failed = any(outcome.error for outcome in self._outcomes.values())
         while self._waiting and len(self._pending) < workers and not failed:
             index = self._waiting.popleft()
-            task = self._task.remote(
-                self._units[index], index, self._board, self._of.threads or 1, __version__
-            )
+            threads = self._of.threads or max(1, int(self._of.cpus))
+            task = self._task.remote(self._units[index], index, self._board, threads, __version__)
             self._pending[task] = index
         return bool(self._pending)
 

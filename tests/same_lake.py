@@ -23,7 +23,7 @@ def contents(path: Path | str) -> dict[str, Any]:
         units: dict[str, Any] = {}
         for receipt in lake.receipts.all():
             files = sorted(_placed(of, receipt) for of in receipt.files)
-            units[f"{receipt.run}/{receipt.unit}"] = (receipt.content_hash, receipt.rows, files)
+            units[f"{receipt.run}/{receipt.unit}"] = (receipt.content_hash, receipt.rows, tuple(files))
         rows = {
             name: lake.sql(f"SELECT * FROM {name} ORDER BY ALL").fetchall()
             for name in TABLES
@@ -46,6 +46,13 @@ def assert_same(one: Path | str, other: Path | str) -> None:
         assert held.keys() == theirs[kind].keys(), kind
         for name, value in held.items():
             assert value == theirs[kind][name], (kind, name)
+
+
+def assert_part(whole: Path | str, part: Path | str) -> None:
+    """Fails unless every unit and every step of a tensor in `part` is in `whole`, the same."""
+    ours, theirs = contents(whole), contents(part)
+    for kind in ("units", "tensors"):
+        assert theirs[kind].items() <= ours[kind].items(), kind
 
 
 def _placed(of: Any, receipt: Any) -> tuple[str, int, int]:

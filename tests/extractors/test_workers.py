@@ -7,8 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from lakebed.cli.main import cli
 from lakebed.extractors.executor import LocalProcesses, Sequential, UnitFailed
 from lakebed.extractors.pieces import NotShared, cut
 from lakebed.extractors.plan import extract
@@ -79,6 +81,13 @@ def test_workers_that_see_another_lake_are_found_out(attribution_lake_path, tmp_
         pytest.raises(NotShared, match="the same lake"),
     ):
         extract(lake, RUN, (Need(SVD),), "8", executor=Elsewhere())
+
+
+def test_an_option_of_ray_without_ray_is_refused() -> None:
+    words = ["extract", "svd", "--lake", "x.lake", "--run", "r", "--workers", "2", "--worker-gpus", "1"]
+    shown = CliRunner().invoke(cli, words)
+    assert shown.exit_code == 2
+    assert "options of --executor ray" in shown.output
 
 
 @given(
