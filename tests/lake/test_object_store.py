@@ -302,7 +302,9 @@ def test_a_chunk_is_one_request(remote, write_unit, s3) -> None:
         assert [kind for kind, _ in asked].count("GET") == 3  # zarr.json and two chunks
         with s3.counted() as asked:
             lake.tensor("gradients", "a/b.w").read()
-        assert [kind for kind, _ in asked if kind != "LIST"] == ["GET"] * 8
+        chunks = [path for kind, path in asked if kind == "GET"]
+        assert len(set(chunks)) == 8
+        assert sorted(chunks) == sorted(set(chunks))
 
 
 @pytest.mark.parametrize("units", [40])
