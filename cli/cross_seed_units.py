@@ -201,7 +201,7 @@ def require_trace(lake: Lake, plan: CrossSeed, seed: int) -> None:
 
 
 def is_attributed(lake: Lake, plan: CrossSeed, seed: int, label: str, layer: int, head: int) -> bool:
-    """Whether a candidate has its report."""
+    """Whether a candidate has its report, and its sums their rows."""
     options = plan.adam_report(seed, layer, head)
     if str(options["run"]) not in lake.runs():
         return False
@@ -209,7 +209,15 @@ def is_attributed(lake: Lake, plan: CrossSeed, seed: int, label: str, layer: int
         inputs = made_from(lake, ADAM, options, [plan.adam_start])
     except MissingData:
         return False
-    return is_made(plan.adam_folder(seed, layer, head, label), inputs)
+    made = is_made(plan.adam_folder(seed, layer, head, label), inputs)
+    return made and lake.find_receipt(_sums_unit(plan, seed, layer, head, inputs)) is not None
+
+
+def _sums_unit(plan: CrossSeed, seed: int, layer: int, head: int, inputs: Mapping[str, Any]) -> Unit:
+    parameters = plan.adam_parameters()
+    name = f"{CROSS_SEED_UPDATES}-{spec_id(parameters)}-L{layer}H{head}"
+    steps = (plan.adam_start, plan.adam_end)
+    return Unit(CROSS_SEED_UPDATES, plan.run(seed), name, steps, parameters, inputs)
 
 
 def _keep_sums(
@@ -222,20 +230,16 @@ def _keep_sums(
     inputs: Mapping[str, Any],
 ) -> None:
     """Rows of table cross_seed_updates, so that they stay when the recorded steps are dropped."""
-    parameters = plan.adam_parameters()
-    spec = spec_id(parameters)
-    name = f"{CROSS_SEED_UPDATES}-{spec}-L{layer}H{head}"
-    steps = (plan.adam_start, plan.adam_end)
-    unit = Unit(CROSS_SEED_UPDATES, plan.run(seed), name, steps, parameters, inputs)
+    unit = _sums_unit(plan, seed, layer, head, inputs)
     if lake.find_receipt(unit) is not None:
         return
     (whole,) = report["summary"]["by_rank"]
     rows = [
         {
-            "spec": parameters["scan"],
+            "spec": unit.parameters["scan"],
             "layer": layer,
             "head": head,
-            "adam_spec": spec,
+            "adam_spec": spec_id(unit.parameters),
             "start_step": whole["start_step"],
             "end_step": whole["end_step"],
             "component": of["component"],

@@ -24,7 +24,7 @@ from .compactions import (
     compactions_folder,
     counted,
 )
-from .datasets import PROBE, RECORDED
+from .datasets import CROSS_SEED, CROSS_SEED_UPDATES, PROBE, RECORDED
 from .errors import LakebedError
 from .names import content_hash
 from .receipts import FOLDER, FileEntry, Receipt, receipt_key, receipts_from_parquet
@@ -108,6 +108,11 @@ def remedy_for(receipt: Receipt) -> str:
         return (
             f"remove {receipt.key}, then give again the `lakebed probe build` or `lakebed probe import` that made probe "
             f"{name!r} of run {receipt.run!r}"
+        )
+    if receipt.dataset in (CROSS_SEED, CROSS_SEED_UPDATES):
+        return (
+            f"remove {receipt.key}, then give again the `lakebed pipeline cross-seed` that made it: it makes what is "
+            "missing"
         )
     return (
         f"remove {receipt.key}, then run `lakebed extract {receipt.dataset} --run {receipt.run}` again: "

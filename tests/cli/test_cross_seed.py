@@ -25,7 +25,8 @@ from lakebed.engine.config import RunConfig
 from lakebed.extractors.executor import LocalProcesses, UnitFailed
 from lakebed.extractors.training import train
 from lakebed.lake import Lake
-from lakebed.lake.datasets import TRACE
+from lakebed.lake.datasets import CROSS_SEED_UPDATES, TRACE
+from lakebed.lake.drop import drop, plan_drop
 from lakebed.lake.verify import verify
 from lakebed.queries.output import OutputExists
 
@@ -305,6 +306,29 @@ def test_processes_make_the_same_bits(done, tmp_path):
         "SELECT * FROM readouts WHERE run NOT LIKE '%@%' ORDER BY ALL",
     ):
         assert table(made, query) == table(done, query)
+
+
+def test_rows_that_a_kill_left_out_are_written_from_the_reports_that_stand(copied):
+    rows = "SELECT * FROM cross_seed_updates ORDER BY ALL"
+    before = table(copied, rows), files(copied)
+    with Lake.open(copied.lake) as lake:
+        for seed in SEEDS:
+            drop(lake, plan_drop(lake, copied.run(seed), {CROSS_SEED_UPDATES}))
+    assert table(copied, rows) == []
+    run(copied)
+    assert (table(copied, rows), files(copied)) == before
+
+
+def test_a_damaged_row_file_is_made_again_by_the_pipeline(copied):
+    path = min(Path(copied.lake).glob("tables/cross_seed_updates/run=small_seed_0013/*.parquet"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with Lake.open(copied.lake) as lake:
+        (found,) = verify(lake).damaged
+    assert "give again the `lakebed pipeline cross-seed` that made it" in found.remedy
+    Path(copied.lake, found.remedy.split()[1].rstrip(",")).unlink()
+    run(copied)
+    with Lake.open(copied.lake) as lake:
+        assert verify(lake).ok
 
 
 def test_a_cleanup_drops_the_recorded_steps_and_nothing_else(copied):
