@@ -118,7 +118,8 @@ class PairSet:
             for start in range(0, len(held), size):
                 part = held[start : start + size]
                 sides = {
-                    side: event_records(data, self.events[side][part], device) for side, data in probes.items()
+                    side: event_records(data, self.events[side][part], device)
+                    for side, data in probes.items()
                 }
                 made.append(PairBatch(Pairs(sides, self.transfer[part].to(device), classes), cell))
         return made
