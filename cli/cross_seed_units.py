@@ -166,7 +166,7 @@ def window_of_seed(
     run, into = asked.run(seed), asked.traced_run(seed)
     if "trace-adam" in stages:
         window = (asked.trace_from, asked.adam_start, asked.adam_end)
-        record_window(progress, asked.lake, run, into, *window, asked.probe)
+        record_window(progress, asked.lake, run, into, *window, asked.probe, asked.device)
     if "adam" not in stages:
         return {"run": into}
     reports = [load_report(ADAM).parse(asked.adam_report(seed, *of)) for _, *of in candidates]

@@ -48,7 +48,15 @@ def train_seed(
 
 
 def record_window(
-    progress: Progress, lake: str, run: str, into: str, from_step: int, start: int, end: int, probe: str
+    progress: Progress,
+    lake: str,
+    run: str,
+    into: str,
+    from_step: int,
+    start: int,
+    end: int,
+    probe: str,
+    device: str,
 ) -> dict[str, Any]:
     """Goes on from the checkpoint of `run` at `from_step` in a run of its own, `into`, and records `start` to `end`.
 
@@ -62,6 +70,7 @@ def record_window(
             from_step,
             end - from_step,
             into=into,
+            device=device,
             require_historical_replay=True,
             record_from=start,
             progress=progress,

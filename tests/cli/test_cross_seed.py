@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,8 @@ from lakebed.queries.output import OutputExists
 
 from tests import cross_seed_lake
 from tests.cross_seed_lake import SEEDS, plan, run
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +300,33 @@ def test_stages_may_be_named_in_any_order_and_one_by_one(done, tmp_path):
     assert table(made, query) == table(done, query)
     query = "SELECT * EXCLUDE (adam_spec) FROM cross_seed_updates WHERE run = 'small_seed_0013' ORDER BY ALL"
     assert set(table(made, query)) <= set(table(done, query))
+
+
+def test_a_killed_driver_leaves_what_a_rerun_goes_on_from(done, tmp_path):
+    """Killed as soon as anything is committed, and again a little later; then it ends with what an undisturbed one has."""
+    words = [
+        str(Path(sys.executable).parent / "lakebed"),
+        *command(tmp_path, "--stage", "configs", "--stage", "trace-scan"),
+    ]
+    words[words.index("--workers") + 1] = "2"
+    for committed in (1, 6):
+        driver = subprocess.Popen([*words, "--run-name", "small"], stderr=subprocess.DEVNULL, env=ONE_THREAD)
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "seeds.lake").glob("tables/extractions/*/*.parquet"))) < committed:
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        driver.kill()
+        driver.wait()
+    made = plan(tmp_path)
+    run(made, "configs", "trace-scan", "scan", "select")
+    for query in (
+        "SELECT * FROM cross_seed_candidates ORDER BY ALL",
+        "SELECT * FROM cross_seed_scans ORDER BY ALL",
+    ):
+        assert table(made, query) == table(done, query)
+    with Lake.open(made.lake) as lake:
+        assert verify(lake).ok
 
 
 def test_processes_make_the_same_bits(done, tmp_path):
