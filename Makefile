@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/lakebed demo $(DEMO_OPTIONS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_OPTIONS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -71,3 +71,8 @@ def bucket(s3) -> str:
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     s3.make_bucket(name)
     return f"s3://{name}"
+
+
+def pytest_collection_modifyitems(items):
+    """Commands of the pages first: they take longest of all files, and workers take a file each, in order."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
