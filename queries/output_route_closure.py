@@ -12,8 +12,9 @@ from .chart import Bars, Scatter
 from .component_dlas import DLA_IS_NO_SHARE, ComponentDLAReport
 from .component_options import read_components
 from .markdown import number
-from .report import ReportFailed, RowFile, TextTable
-from .scalar_pairs import BUCKETS, SCALAR_VALUES, ScalarChangeReport, SwitchBucket
+from .report import RowFile, TextTable
+from .scalar_closure import ScalarClosureReport
+from .scalar_pairs import SCALAR_VALUES
 
 if TYPE_CHECKING:
     from ..lake import Lake
@@ -22,11 +23,7 @@ if TYPE_CHECKING:
 _STEM = "output_route_closure"
 
 
-class EmptyBucket(ReportFailed):
-    """A switch bucket that was asked for and has no rows."""
-
-
-class OutputRouteClosure(ScalarChangeReport, ComponentDLAReport):
+class OutputRouteClosure(ScalarClosureReport, ComponentDLAReport):
     """Between steps, how much of the change of an answer's scalar do the changes of components' DLAs account for?
 
     One least-squares fit per scalar and switch bucket, over all intervals and pairs.
@@ -35,12 +32,6 @@ class OutputRouteClosure(ScalarChangeReport, ComponentDLAReport):
     component: tuple[str, ...] = Field(
         (), description="component to fit with: embedding, L0H1, L0MLP; default all of them"
     )
-    switch_bucket: tuple[SwitchBucket, ...] = Field(
-        (),
-        description="pairs that are fitted together: all, or by whether their best wrong token changes; default all three "
-        "as far as they can be fitted",
-    )
-    fit_intercept: bool = Field(False, description="add a constant to each fit")
     top_k_components: PositiveInt = Field(
         8, description="components listed and drawn, by size of their contribution"
     )
@@ -151,16 +142,6 @@ class OutputRouteClosure(ScalarChangeReport, ComponentDLAReport):
     def _components_can_be_read(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         return read_components(values)
 
-    @field_validator("switch_bucket")
-    @classmethod
-    def _each_bucket_once(cls, values: tuple[SwitchBucket, ...]) -> tuple[SwitchBucket, ...]:
-        return tuple(dict.fromkeys(values))
-
-    @property
-    def buckets(self) -> tuple[SwitchBucket, ...]:
-        """Those of `--switch-bucket`, or all three."""
-        return self.switch_bucket or BUCKETS
-
     def components(self) -> tuple[str, ...]:
         """`--component`."""
         return self.component
@@ -170,12 +151,8 @@ class OutputRouteClosure(ScalarChangeReport, ComponentDLAReport):
         return True
 
     def parameters(self) -> dict[str, Any]:
-        """The buckets by name."""
-        return {
-            **super().parameters(),
-            "component": list(self.component),
-            "switch_bucket": list(self.buckets),
-        }
+        """The components."""
+        return {**super().parameters(), "component": list(self.component)}
 
     def arrays(self, name: str, results: Results) -> Mapping[str, Any]:
         """The fits."""
@@ -186,8 +163,6 @@ class OutputRouteClosure(ScalarChangeReport, ComponentDLAReport):
 
     def _fits(self, results: Results) -> Iterator[tuple[dict[str, Any], Any, Any]]:
         """Key, fit and observations of each. Raises EmptyBucket and Underdetermined."""
-        import numpy as np
-
         from .arrays.closures import read_design
 
         held = results.arrow(
@@ -198,28 +173,8 @@ class OutputRouteClosure(ScalarChangeReport, ComponentDLAReport):
             "SELECT observation, label, target_dla - source_dla AS value FROM components"
         )
         design = read_design(features, held.num_rows, self.report_name())
-        names = np.array(held["scalar_name"].to_pylist())
-        switched = np.array(held["competitor_switched"].to_pylist(), bool)
-        deltas = held["delta"].to_numpy()
-        for scalar in self.scalar:
-            for bucket in self.buckets:
-                inside = {"all": np.ones_like(switched), "same_competitor": ~switched}.get(bucket, switched)
-                rows = np.flatnonzero((names == scalar) & inside)
-                if not self._fits_into(bucket, len(rows), len(design.labels)):
-                    continue
-                what = f"{self.report_name()}: {scalar} in bucket {bucket}"
-                fit = design.fit(deltas[rows], fit_intercept=self.fit_intercept, what=what, rows=rows)
-                yield {"scalar_name": scalar, "switch_bucket": bucket, "lake_id": results.lake.id}, fit, rows
-
-    def _fits_into(self, bucket: SwitchBucket, rows: int, features: int) -> bool:
-        """Whether a bucket is fitted: one that nobody asked for is left out if it is too small. Raises EmptyBucket."""
-        if bucket in self.switch_bucket and not rows:
-            moved = "changes" if bucket == "competitor_switch" else "keeps"
-            raise EmptyBucket(
-                f"{self.report_name()}: bucket {bucket} has no rows: no pair {moved} its best wrong token in any interval; "
-                "leave out --switch-bucket, or name others"
-            )
-        return bucket in self.switch_bucket or bucket == "all" or rows >= features + self.fit_intercept
+        for key, fit, rows in self.bucket_fits(held, design):
+            yield {**key, "lake_id": results.lake.id}, fit, rows
 
     def warnings(self, results: Results) -> list[str]:
         """Buckets that were left out; coefficients that are not determined, or trade off."""

@@ -12,13 +12,12 @@ from ..lake.imports import leave_pandas_alone
 from .chart import Bars
 from .closure_rows import ClosureOrigin
 from .markdown import number
-from .output_route_closure import EmptyBucket
 from .probe_report import ProbeReport
 from .report import ReportFailed, RowFile, TextTable
 from .route_closure import NOT_A_CAUSE, ROUTE_VALUES, accounted, doubtful
 from .route_options import ROUTE_LABELS
 from .route_to_margin_closure import RouteToMarginClosure as _MarginClosure
-from .scalar_pairs import BUCKETS, ScalarChangeReport, SwitchBucket
+from .scalar_closure import ScalarClosureReport
 
 if TYPE_CHECKING:
     from ..lake import Lake
@@ -36,18 +35,13 @@ class DisagreeingDuplicates(ReportFailed):
     """Two closure rows of one pair and interval that say different things of the routes."""
 
 
-class RouteToScalarClosure(ClosureOrigin, ScalarChangeReport):
+class RouteToScalarClosure(ClosureOrigin, ScalarClosureReport):
     """Which scalar of the answer changes along with routes' scores: its own logit, its competitor's, a margin?
 
     One least-squares fit per scalar and switch bucket, over all intervals and pairs. Route scores are rows of
     route-to-margin-closure, or --route straight from the lake.
     """
 
-    switch_bucket: tuple[SwitchBucket, ...] = Field(
-        (),
-        description="pairs that are fitted together: all, or by whether their best wrong token changes; default all three "
-        "as far as they can be fitted",
-    )
     route_label: tuple[str, ...] = Field((), description="route to fit with; default all of them")
     duplicate_tolerance: float = Field(
         1e-6, ge=0, description="how far rows of a file may differ that are of one pair and interval"
@@ -137,25 +131,19 @@ class RouteToScalarClosure(ClosureOrigin, ScalarChangeReport):
         name: _MarginClosure.demo_options[name] for name in ("route", "pair_type")
     }
 
-    @field_validator("switch_bucket", "route_label")
+    @field_validator("route_label")
     @classmethod
-    def _each_one_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+    def _each_route_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(values))
-
-    @property
-    def buckets(self) -> tuple[SwitchBucket, ...]:
-        """Those of `--switch-bucket`, or all three."""
-        return self.switch_bucket or BUCKETS
 
     def needs(self) -> tuple[Need, ...]:
         """The answers, and without a file the routes' scores."""
         return (*super().needs(), *self.route_needs())
 
     def parameters(self) -> dict[str, Any]:
-        """Buckets and routes by name."""
+        """Routes by name."""
         return {
             **super().parameters(),
-            "switch_bucket": list(self.buckets),
             # `route_label` is what view `labels` reads.
             "route_label_wanted": list(self.route_label) or [""],
             "all_labels": not self.route_label,
@@ -226,20 +214,7 @@ class RouteToScalarClosure(ClosureOrigin, ScalarChangeReport):
         features = results.arrow("FROM features")
         closures = results.value("SELECT count(*) FROM closures")
         design = read_design(features, closures, self.report_name())
-        names = np.array(held["scalar_name"].to_pylist())
-        switched = np.array(held["competitor_switched"].to_pylist(), bool)
-        deltas, closure = held["delta"].to_numpy(), held["closure"].to_numpy().astype(np.int64)
-        for scalar in self.scalar:
-            for bucket in self.buckets:
-                inside = {"all": np.ones_like(switched), "same_competitor": ~switched}.get(bucket, switched)
-                rows = np.flatnonzero((names == scalar) & inside)
-                if not self._is_fitted(bucket, len(rows), len(design.labels)):
-                    continue
-                what = f"{self.report_name()}: scalar {scalar} in bucket {bucket}"
-                fit = design.fit(
-                    deltas[rows], fit_intercept=self.fit_intercept, what=what, rows=closure[rows]
-                )
-                yield {"scalar_name": scalar, "switch_bucket": bucket}, fit, rows
+        return self.bucket_fits(held, design, held["closure"].to_numpy().astype(np.int64))
 
     def _require_closures(self, results: Results) -> None:
         lost = results.first(
@@ -253,16 +228,6 @@ class RouteToScalarClosure(ClosureOrigin, ScalarChangeReport):
                 f"{lost['pair_id']} from step {lost['source_step']} to {lost['target_step']}: name the --steps, --pair-type "
                 "and --split that the rows are of"
             )
-
-    def _is_fitted(self, bucket: SwitchBucket, rows: int, routes: int) -> bool:
-        """One that nobody asked for is left out if it is too small. Raises EmptyBucket."""
-        if bucket in self.switch_bucket and not rows:
-            moved = "changes" if bucket == "competitor_switch" else "keeps"
-            raise EmptyBucket(
-                f"{self.report_name()}: bucket {bucket} has no rows: no pair {moved} its best wrong token in any interval; "
-                "leave out --switch-bucket, or name others"
-            )
-        return bucket in self.switch_bucket or bucket == "all" or rows >= routes + self.fit_intercept
 
     def warnings(self, results: Results) -> list[str]:
         """Buckets that were left out; coefficients that are not determined, or trade off."""

@@ -12,10 +12,10 @@ from lakebed.lake.interventions import ZERO_EACH, intervention_parameters
 from lakebed.lake.names import spec_id
 from lakebed.queries.arrays.least_squares import Underdetermined, fit_closure
 from lakebed.queries.component_options import UnknownComponent
-from lakebed.queries.output_route_closure import EmptyBucket
 from lakebed.queries.pair_selection import TooFewPairs
 from lakebed.queries.report import InvalidOption, ReportFailed
 from lakebed.queries.run import run_report
+from lakebed.queries.scalar_closure import EmptyBucket
 from lakebed.queries.scalar_pairs import ScalarMismatch
 
 from tests.trained_probe_lake import RUN, STEPS

@@ -18,11 +18,11 @@ from lakebed.queries.closure_rows import (
     NoClosureRows,
     UnknownRouteLabel,
 )
-from lakebed.queries.output_route_closure import EmptyBucket
 from lakebed.queries.registry import load_report
 from lakebed.queries.report import InvalidOption
 from lakebed.queries.route_to_scalar_closure import DisagreeingDuplicates, NoClosureOfPair
 from lakebed.queries.run import run_report
+from lakebed.queries.scalar_closure import EmptyBucket
 
 from tests.route_lake import RUN
 
