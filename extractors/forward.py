@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, reduce
-from threading import Barrier
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -26,6 +25,7 @@ from ..lake.errors import LakebedError, UnknownName
 from . import dataset
 from .probe_batches import PREDICTION, ProbeBatches, ProbeData, load_probe, make_batches
 from .states import State
+from .threads import thread_pool
 
 
 class DeviceUnavailable(LakebedError):
@@ -157,7 +157,7 @@ class ForwardPasses:
             self._wait(1)
             parts = self._begin(capture, made.batches, state.step)
             if self._writer is None:
-                self._writer = _threads(1, "lakebed-writer", 1)
+                self._writer = thread_pool(1, "lakebed-writer", 1)
             self._begun.append(self._writer.submit(self._write, state.step, extractors, parts, made, write))
 
     def capture(self, state: State, extractors: list[ForwardExtractor]) -> tuple[Captured, Passed]:
@@ -196,7 +196,7 @@ class ForwardPasses:
             return lambda: done
         if self._workers is None:
             each = self._torch_threads // workers
-            self._workers = _threads(workers, "lakebed-forward", each)
+            self._workers = thread_pool(workers, "lakebed-forward", each)
             # Threads that wait for a busy core spin: what makes the next step ready has no more of them either.
             torch.set_num_threads(each)
         parts = [self._workers.submit(run, batch) for batch in batches.batches]
@@ -252,23 +252,6 @@ class ForwardPasses:
                 if pool is not None:
                     pool.shutdown()
             torch.set_num_threads(self._torch_threads)
-
-
-def _threads(count: int, name: str, torch_threads: int) -> ThreadPoolExecutor:
-    """Threads that compute on so many torch threads each."""
-    before, started = torch.get_num_threads(), Barrier(count + 1)
-
-    def start() -> None:
-        torch.set_num_threads(torch_threads)
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, name, start)
-    for _ in range(count):
-        pool.submit(int)
-    started.wait()
-    # torch takes the last number set for the default of every thread to come.
-    torch.set_num_threads(before)
-    return pool
 
 
 def _in_order(parts: list[Captured], batches: ProbeBatches) -> Captured:

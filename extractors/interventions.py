@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -34,9 +33,10 @@ from ..lake.names import spec_id
 from . import dataset
 from .columns import constant, flat, grid, lists, sorted_order, texts
 from .forward import probe_of
-from .pair_sets import PairSelection, event_records, load_pairs, select_pairs, side_probe
+from .pair_sets import PairSelection, event_records, load_pairs, select_pairs, side_probe, token_classes
 from .probe_batches import Integers, ProbeData
 from .states import State
+from .threads import thread_pool
 
 # Tokens of a batch: the untouched run of all its records, every stage and layer, is held beside what is changed.
 _TOKENS = 4096
@@ -92,27 +92,18 @@ class InterventionsExtractor(dataset.Extractor):
         return {side: probe_of(context, side_probe(self.probe, side)).sha256 for side in self._sides()}
 
     def _sides(self) -> list[str]:
-        return ["clean", "corrupted"] if self._patches_from_counterparts else [self.record_side]
+        return list(SIDES) if self._takes_counterparts else [self.record_side]
 
     @property
-    def _patches_from_counterparts(self) -> bool:
-        return any(
-            getattr(edit, "source", None) == "counterpart"
-            for of in self.interventions or ()
-            for edit in of.edits
-        )
-
-    @property
-    def _roll(self) -> bool:
-        """Whether an event takes something from the one before it."""
-        return any(hasattr(edit, "shuffle_values") for of in self.interventions or () for edit in of.edits)
+    def _takes_counterparts(self) -> bool:
+        return any(of.takes_counterpart for of in self.interventions or ())
 
     def extract(self, context: dataset.Context, state: State, writer: UnitWriter) -> None:
         """Writes one step."""
         model = context.adapter().load_model(state.weights, context.device)
         batches = self._batches(context, model)
         interventions = zero_each(model) if self.interventions is None else list(self.interventions)
-        bases = Bases(model, _token_classes(context, self.probe))
+        bases = Bases(model, token_classes(context, self.probe))
         for of in interventions:
             of.check(model)
         # Cut here, before threads share them.
@@ -152,10 +143,11 @@ class InterventionsExtractor(dataset.Extractor):
             else:
                 pairs = load_pairs(context, self.pairs, self._sides())
                 events, first = np.unique(pairs.events[self.record_side], return_index=True)
-                if self._patches_from_counterparts:
+                if self._takes_counterparts:
                     far = next(side for side in SIDES if side != self.record_side)
                     other = (probe_of(context, side_probe(self.probe, far)), pairs.events[far][first])
-            cuts = [np.arange(len(events))] if self._roll else _cut(data, events)
+            together = any(of.takes_previous_event for of in self.interventions or ())
+            cuts = [np.arange(len(events))] if together else _cut(data, events)
             made = []
             for part in cuts:
                 counterpart = None
@@ -279,30 +271,14 @@ def _cut(data: ProbeData, events: Integers) -> list[Integers]:
     return np.split(np.arange(len(events)), first[size::size])
 
 
-def _side_by_side(run: Any, batches: Sequence[_Batch], device: str) -> list[Answers]:
+def _side_by_side(run: Callable[[_Batch], Answers], batches: Sequence[_Batch], device: str) -> list[Answers]:
     """Batches at once, a torch thread each: two threads on one wait for each other at every operation."""
     count = torch.get_num_threads()
     workers = min(count, len(batches)) if device == "cpu" else 1
     if workers < 2:
         return [run(batch) for batch in batches]
-    with ThreadPoolExecutor(
-        workers, "lakebed-interventions", partial(torch.set_num_threads, max(1, count // workers))
-    ) as pool:
-        try:
-            return list(pool.map(run, batches))
-        finally:
-            # torch takes the last number set for the default of every thread to come.
-            torch.set_num_threads(count)
-
-
-def _token_classes(context: dataset.Context, probe: str) -> dict[str, torch.Tensor]:
-    """Ids of the task's key and value tokens; none where the probe names none."""
-    keys, values = context.lake.session.execute(
-        "SELECT key_tokens, value_tokens FROM probes WHERE run = ? AND probe = ?",
-        [context.run, probe],
-        tables={"probes"},
-    ).fetchall()[0]
-    return {name: torch.tensor(of) for name, of in (("key", keys), ("value", values)) if of}
+    with thread_pool(workers, "lakebed-interventions", count // workers) as pool:
+        return list(pool.map(run, batches))
 
 
 def build(
@@ -324,10 +300,10 @@ def build(
         raise UnknownName(f"no interventions {interventions!r}: name {ZERO_EACH}, or a list of them")
     listed = None if isinstance(interventions, str) else read_interventions(interventions)
     selection = None if pairs is None else select_pairs(probe, **pairs)
-    made = InterventionsExtractor(probe, record_side, selection, query_mode, components, listed)
-    if made._patches_from_counterparts and (selection is None or record_side != "corrupted"):
+    takes = any(of.takes_counterpart for of in listed or ())
+    if takes and (selection is None or record_side != "corrupted"):
         raise InterventionError(
             "a patch from the counterpart goes from the clean into the corrupted record of a causal patch pair: name "
             "record_side corrupted, and pairs"
         )
-    return made
+    return InterventionsExtractor(probe, record_side, selection, query_mode, components, listed)

@@ -64,10 +64,10 @@ class PairSet:
         selection: PairSelection,
         rows: list[dict[str, Any]],
         vocabulary: list[str],
-        token_classes: Mapping[str, list[int]],
+        token_classes: Mapping[str, Tensor],
     ) -> None:
         self.selection = selection
-        self.token_classes = {name: torch.tensor(tokens) for name, tokens in token_classes.items() if tokens}
+        self.token_classes = token_classes
         finest = sorted({(row["split"], row["pair_type"]) for row in rows})
         place = {of: at for at, of in enumerate(finest)}
         rows = sorted(rows, key=lambda row: (place[row["split"], row["pair_type"]], row["clean_event"]))
@@ -152,12 +152,22 @@ def load_pairs(context: Context, selection: PairSelection, sides: Iterable[str])
             f"probe {selection.probe!r} of run {context.run!r} keeps no corrupted record for {lost} of {len(rows)} pairs: "
             "lower --max-pairs-per-type, or build a probe with a larger one"
         )
-    vocabulary, keys, values = session.execute(
-        "SELECT vocabulary, key_tokens, value_tokens FROM probes WHERE run = ? AND probe = ?",
+    (vocabulary,) = session.execute(
+        "SELECT vocabulary FROM probes WHERE run = ? AND probe = ?",
         [context.run, selection.probe],
         tables={"probes"},
     ).fetchall()[0]
-    return PairSet(selection, rows, list(vocabulary or ()), {"key": keys, "value": values})
+    return PairSet(selection, rows, list(vocabulary or ()), token_classes(context, selection.probe))
+
+
+def token_classes(context: Context, probe: str) -> dict[str, Tensor]:
+    """`Int[token]` ids of the task's tokens by class, key and value; without those the probe does not name."""
+    keys, values = context.lake.session.execute(
+        "SELECT key_tokens, value_tokens FROM probes WHERE run = ? AND probe = ?",
+        [context.run, probe],
+        tables={"probes"},
+    ).fetchall()[0]
+    return {name: torch.tensor(of) for name, of in (("key", keys), ("value", values)) if of}
 
 
 def side_probe(probe: str, side: str) -> str:

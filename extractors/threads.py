@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import torch
@@ -53,3 +54,20 @@ def start_single_threaded(thread: threading.Thread, ready: threading.Event) -> N
     thread.start()
     ready.wait()
     torch.set_num_threads(count)
+
+
+def thread_pool(count: int, name: str, torch_threads: int) -> ThreadPoolExecutor:
+    """Threads that compute on so many torch threads each."""
+    before, started = torch.get_num_threads(), threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(torch_threads)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, name, start)
+    for _ in range(count):
+        pool.submit(int)
+    started.wait()
+    # torch takes the last number set for the default of every thread to come.
+    torch.set_num_threads(before)
+    return pool

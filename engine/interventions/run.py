@@ -223,11 +223,7 @@ class Engine:
 
     def _others(self, stack: Stack) -> Counterpart | None:
         """The pairs' other records, run once, and only if somebody takes something from them."""
-        wanted = any(
-            isinstance(edit, StageEdit) and edit.source == "counterpart"
-            for of in stack.interventions
-            for edit in of.edits
-        )
+        wanted = any(of.takes_counterpart for of in stack.interventions)
         if wanted and self._other is None and self._counterpart is not None:
             found = clean_run(self._model, self._counterpart, everywhere=True)
             self._other = Counterpart(

@@ -206,6 +206,16 @@ class Intervention(_Edit):
             edit.check(model)
 
     @property
+    def takes_counterpart(self) -> bool:
+        """Whether something comes from the pair's other record."""
+        return any(isinstance(edit, StageEdit) and edit.source == "counterpart" for edit in self.edits)
+
+    @property
+    def takes_previous_event(self) -> bool:
+        """Whether something comes from the event before."""
+        return any(isinstance(edit, ShuffleValues) for edit in self.edits)
+
+    @property
     def roles(self) -> set[str]:
         """Roles whose positions, event by event, are edited."""
         found = set()
