@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..lake.imports import leave_pandas_alone
 from ..lake.schema import QUANTITIES, TABLES, VIEWS
 from .needs import resolve_run, resolve_steps
+from .output import OutputUnwritable
 from .sections import Section, SectionError, parse_sections
 
 if TYPE_CHECKING:
@@ -27,12 +29,18 @@ if TYPE_CHECKING:
 class Results:
     """The tables of one report over one lake, as it is when they are made; use as a context manager, or close it.
 
-    Raises UnknownName and MissingData, naming what exists or the command that makes it, before anything is computed.
+    `on_rows` is called with these results and the name of each section that is written out, as soon as it is made. Raises
+    UnknownName and MissingData, naming what exists or the command that makes it, before anything is computed.
     """
 
-    def __init__(self, lake: Lake, report: Report) -> None:
+    def __init__(
+        self, lake: Lake, report: Report, on_rows: Callable[[Results, str], None] = lambda results, name: None
+    ) -> None:
         self.lake = lake
         self.report = report
+        self._on_rows = on_rows
+        self._pool: ThreadPoolExecutor | None = None
+        self._copies: list[tuple[Path, duckdb.DuckDBPyConnection, Future[None]]] = []
         self._made: list[str] = []
         self._columns: dict[str, dict[str, str]] = {}
         self._open = ExitStack()
@@ -61,6 +69,8 @@ class Results:
             if section.name in taken:
                 raise SectionError(f"section {section.name!r} hides a table of the lake")
             self._make(section)
+            if section.kind == "rows":
+                self._on_rows(self, section.name)
 
     def _make(self, section: Section) -> None:
         if section.kind == "arrays":
@@ -129,36 +139,57 @@ class Results:
             self._columns[name] = {row["column_name"]: row["column_type"] for row in described}
         return self._columns[name]
 
-    def copy(self, files: Iterable[tuple[str, Path, str]]) -> None:
+    def start_copies(self, files: Iterable[tuple[str, Path, str]]) -> None:
         """Writes sections, or parenthesised SELECTs over sections, to files: (source, path, options of COPY) each.
 
-        Every file is written by one thread, and several files at a time: with more threads to a file DuckDB first holds
-        a whole row group of text in memory to keep the rows' order, which took as long again as making it.
+        They are written in the background while what comes after them is computed: wait for them with `finish_copies`.
+        Until `close` DuckDB gives one thread to a file, and to a query: with more of them to a file it first holds a whole
+        row group of text in memory to keep the rows' order, which took as long again as making it.
         """
-        session = self.lake.session
 
-        def write(cursor: duckdb.DuckDBPyConnection, file: tuple[str, Path, str]) -> None:
-            source, path, options = file
+        def write(cursor: duckdb.DuckDBPyConnection, source: str, path: Path, options: str) -> None:
             quoted = str(path).replace("'", "''")
             cursor.execute(f"COPY {source} TO '{quoted}' {options}")
 
-        threads = int(self.value("SELECT current_setting('threads')"))
-        with session.errors(), ThreadPoolExecutor(threads) as pool:
-            session.connection.execute("SET threads = 1")
-            try:
-                written = [pool.submit(write, session.connection.cursor(), file) for file in files]
-                wait(written)
-            finally:
-                session.connection.execute(f"SET threads = {threads}")
-            for each in written:
-                each.result()
+        if self._pool is None:
+            self._threads = int(self.value("SELECT current_setting('threads')"))
+            self._pool = ThreadPoolExecutor(self._threads)
+            self._execute("SET threads = 1", set(), {})
+        for file in files:
+            cursor = self.lake.session.connection.cursor()
+            self._copies.append((file[1], cursor, self._pool.submit(write, cursor, *file)))
+
+    def finish_copies(self) -> None:
+        """Waits until every file is written; raises OutputUnwritable for the first that could not be."""
+        import duckdb
+
+        copies, self._copies = self._copies, []
+        wait(written for _, _, written in copies)
+        with self.lake.session.errors():
+            for path, _, written in copies:
+                try:
+                    written.result()
+                except duckdb.IOException as error:
+                    # Not of the lake's files: what is copied is in memory. What a thread of DuckDB meets comes as JSON.
+                    number = re.search(r'"errno":"(\d+)"', str(error))
+                    reason = os.strerror(int(number[1])) if number else str(error).rsplit(": ", 1)[-1]
+                    raise OutputUnwritable(
+                        f"writing {path.name} failed: {reason}; nothing of the folder was changed"
+                    ) from error
 
     def row_sets(self) -> list[str]:
         """Names of the sections that are written out, in file order."""
         return [section.name for section in self.sections if section.kind == "rows"]
 
     def close(self) -> None:
-        """Drops the tables; the lake's session stays open."""
+        """Drops the tables; the lake's session stays open. A file that is still being written is given up."""
+        for _, cursor, written in self._copies:
+            if not written.cancel() and not written.done():
+                cursor.interrupt()
+        self._copies.clear()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._execute(f"SET threads = {self._threads}", set(), {})
         for name in reversed(self._made):
             self._execute(f"DROP TABLE IF EXISTS {name}", set(), {})
         self._made.clear()

@@ -38,19 +38,21 @@ def run_report(
     _known("--chart-format", chart_formats, CHART_FORMATS)
     stem = report.file_stem()
     report_file, markdown_file = f"{stem}_report.json", f"{stem}_report.md"
-    with OutputFolder(out, report_file, overwrite) as folder, Results(lake, report) as results:
+    with (
+        OutputFolder(out, report_file, overwrite) as folder,
+        Results(lake, report, rows := _RowFiles(folder.path, rows_format)) as results,
+    ):
         report.check(results)
-        files, counts = _write_row_sets(results, folder.path, rows_format)
         plots = _draw(results, folder.path, chart_formats)
         nonfinite = {name: count_nonfinite(results, name) for name in results.row_sets()}
         warnings = _warnings(results, nonfinite)
         findings = report.findings(results)
         tables = [(each, results.rows(f"FROM {each.view}")) for each in report.tables]
         text = markdown.render(
-            results, findings, warnings, tables, _images(report, plots), _listing(results, files, counts)
+            results, findings, warnings, tables, _images(report, plots), _listing(results, rows)
         )
         (folder.path / markdown_file).write_text(text, encoding="utf-8")
-        written = {report_file, markdown_file, *files.values(), *plots.values()}
+        written = {report_file, markdown_file, *rows.files.values(), *plots.values()}
         content = {
             "report": report.report_name(),
             "version": __version__,
@@ -60,13 +62,14 @@ def run_report(
             "options": report.model_dump(exclude={"run", "steps"}),
             "findings": findings,
             "warnings": warnings,
-            "row_counts": counts,
+            "row_counts": rows.counts,
             "nonfinite_values": nonfinite,
             "files": sorted(written),
             **{each.view: rows for each, rows in tables},
             **report.facts(lake, results),
         }
         (folder.path / report_file).write_text(to_json(content), encoding="utf-8")
+        results.finish_copies()
         folder.commit()
 
     def at(name: str) -> str:
@@ -75,7 +78,7 @@ def run_report(
     return {
         "report": at(report_file),
         "markdown": at(markdown_file),
-        **{key: at(name) for key, name in files.items()},
+        **{key: at(name) for key, name in rows.files.items()},
         **report.outputs(lake.uri, results.run),
         "plots": {name: at(file) for name, file in plots.items()},
     }
@@ -91,21 +94,22 @@ def _row_file(report: Report, section: str) -> RowFile:
     return report.row_files.get(section) or RowFile(f"{report.file_stem()}_{section}", section)
 
 
-def _write_row_sets(
-    results: Results, folder: Path, rows_format: Sequence[str] | None
-) -> tuple[dict[str, str], dict[str, int]]:
-    files: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    copies = []
-    for section in results.row_sets():
+class _RowFiles:
+    """Starts writing a section as soon as it is made. `files` are names by key of the printed JSON, `counts` rows."""
+
+    def __init__(self, folder: Path, formats: Sequence[str] | None) -> None:
+        self._folder = folder
+        self._formats = formats
+        self.files: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+
+    def __call__(self, results: Results, section: str) -> None:
         row_file = _row_file(results.report, section)
-        formats = rows_format or [*DEFAULT_ROWS, *(["csv"] if row_file.csv_key else [])]
-        written, copied = row_copies(results, section, row_file, folder, dict.fromkeys(formats))
-        files.update(written)
-        copies += copied
-        counts[section] = int(results.value(f"SELECT count(*) FROM {section}"))
-    results.copy(copies)
-    return files, counts
+        formats = self._formats or [*DEFAULT_ROWS, *(["csv"] if row_file.csv_key else [])]
+        written, copies = row_copies(results, section, row_file, self._folder, dict.fromkeys(formats))
+        self.files.update(written)
+        results.start_copies(copies)
+        self.counts[section] = int(results.value(f"SELECT count(*) FROM {section}"))
 
 
 def _warnings(results: Results, nonfinite: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -141,13 +145,13 @@ def _images(report: Report, plots: dict[str, str]) -> dict[str, str]:
     return chosen
 
 
-def _listing(results: Results, files: dict[str, str], counts: dict[str, int]) -> dict[str, tuple[str, int]]:
+def _listing(results: Results, rows: _RowFiles) -> dict[str, tuple[str, int]]:
     listed: dict[str, tuple[str, int]] = {}
     for section in results.row_sets():
         file = _row_file(results.report, section).file
-        names = {name for name in files.values() if name.rsplit(".", 1)[0] == file}
+        names = {name for name in rows.files.values() if name.rsplit(".", 1)[0] == file}
         suffixes = ", ".join(name.rsplit(".", 1)[1] for name in sorted(names))
-        listed[file] = (suffixes, counts[section])
+        listed[file] = (suffixes, rows.counts[section])
     return listed
 
 

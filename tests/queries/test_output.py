@@ -1,14 +1,17 @@
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from lakebed.lake.errors import QueryError
 from lakebed.queries import run as run_module
 from lakebed.queries.output import OutputExists, OutputFolder, OutputUnwritable
 from lakebed.queries.registry import load_report
 from lakebed.queries.report import InvalidOption
+from lakebed.queries.results import Results
 from lakebed.queries.run import run_report
 
 from .conftest import make_svd_lake, make_trace_lake
@@ -203,3 +206,35 @@ def test_nan_loss_is_counted_too(tmp_path):
     assert report["nonfinite_values"]["step"] == {"loss": 1, "parameter_delta_l2": 1}
     assert "7 gradient entries were NaN or infinite, in 1 steps." in report["warnings"]
     made.lake.close()
+
+
+def test_rows_are_written_while_later_sections_are_made(svd, tmp_path):
+    """And an endless one is given up with the results, after which the session has its threads again."""
+    begun = []
+
+    def write(results, section):
+        begun.append(section)
+        results.start_copies([(section, tmp_path / f"{section}.jsonl", "(FORMAT json)")])
+
+    threads = svd.lake.sql("SELECT current_setting('threads')").fetchall()
+    with Results(svd.lake, patterns(), write) as results:
+        assert begun == results.row_sets()
+        results.finish_copies()
+        for section in begun:
+            lines = (tmp_path / f"{section}.jsonl").read_text().splitlines()
+            assert len(lines) == results.value(f"SELECT count(*) FROM {section}")
+        results.start_copies([("matrix_summary", tmp_path / "absent/rows.jsonl", "(FORMAT json)")])
+        with pytest.raises(OutputUnwritable, match=r"writing rows\.jsonl failed: No such file"):
+            results.finish_copies()
+        results.start_copies([("(FROM range(1000000000000))", tmp_path / "endless.csv", "(FORMAT csv)")])
+    assert svd.lake.sql("SELECT current_setting('threads')").fetchall() == threads
+
+
+def test_a_later_section_that_fails_leaves_no_file_and_no_thread(svd, tmp_path, monkeypatch):
+    broken = patterns().sql_text() + "\n-- view: broken\nSELECT error('no luck') AS x FROM matrix_summary\n"
+    monkeypatch.setattr(type(patterns()), "sql_text", classmethod(lambda cls: broken))
+    before = threading.active_count()
+    with pytest.raises(QueryError, match="no luck"):
+        run_report(svd.lake, patterns(), tmp_path / "out", chart_formats=[])
+    assert os.listdir(tmp_path) == ["svd.lake"]
+    assert threading.active_count() == before
