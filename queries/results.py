@@ -153,7 +153,7 @@ class Results:
 
         if self._pool is None:
             self._threads = int(self.value("SELECT current_setting('threads')"))
-            self._pool = ThreadPoolExecutor(self._threads)
+            self._pool = ThreadPoolExecutor(self._threads, "lakebed-rows")
             self._execute("SET threads = 1", set(), {})
         for file in files:
             cursor = self.lake.session.connection.cursor()

@@ -43,6 +43,7 @@ def run_report(
         Results(lake, report, rows := _RowFiles(folder.path, rows_format)) as results,
     ):
         report.check(results)
+        rows.start(results)
         plots = _draw(results, folder.path, chart_formats)
         nonfinite = {name: count_nonfinite(results, name) for name in results.row_sets()}
         warnings = _warnings(results, nonfinite)
@@ -94,22 +95,38 @@ def _row_file(report: Report, section: str) -> RowFile:
     return report.row_files.get(section) or RowFile(f"{report.file_stem()}_{section}", section)
 
 
+# Fewer cells are written in less time than later sections lose with one thread each.
+_MANY_CELLS = 500_000
+
+
 class _RowFiles:
-    """Starts writing a section as soon as it is made. `files` are names by key of the printed JSON, `counts` rows."""
+    """Starts writing sections when a large one is made, or at the end.
+
+    `files` are names by key of the printed JSON, `counts` rows by section.
+    """
 
     def __init__(self, folder: Path, formats: Sequence[str] | None) -> None:
         self._folder = folder
         self._formats = formats
         self.files: dict[str, str] = {}
         self.counts: dict[str, int] = {}
+        self._waiting: list[tuple[str, Path, str]] = []
 
     def __call__(self, results: Results, section: str) -> None:
         row_file = _row_file(results.report, section)
         formats = self._formats or [*DEFAULT_ROWS, *(["csv"] if row_file.csv_key else [])]
         written, copies = row_copies(results, section, row_file, self._folder, dict.fromkeys(formats))
         self.files.update(written)
-        results.start_copies(copies)
         self.counts[section] = int(results.value(f"SELECT count(*) FROM {section}"))
+        # Last first: a large one is begun before the small ones, which fit in beside it.
+        self._waiting[:0] = copies
+        if self.counts[section] * len(results.columns(section)) >= _MANY_CELLS:
+            self.start(results)
+
+    def start(self, results: Results) -> None:
+        """Starts what waits."""
+        results.start_copies(self._waiting)
+        self._waiting.clear()
 
 
 def _warnings(results: Results, nonfinite: Mapping[str, Mapping[str, int]]) -> list[str]:
