@@ -7,9 +7,8 @@ from itertools import pairwise
 
 from ..lake import Lake
 from .progress import Progress, Silent
-from .runs import run_row
+from .runs import ReplayMismatch, run_row
 from .states import StateReader
-from .trace_writer import ReplayMismatch
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ class RecordingError(LakebedError):
     """A run cannot be recorded, continued or replayed as asked."""
 
 
+class ReplayMismatch(RecordingError):
+    """The replayed state differs from the live one: something besides the optimizer changed weights or moments."""
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """What a lake should know of a run beyond its tensors. `adapter` and `config` go together."""

@@ -21,9 +21,8 @@ from ..lake import Lake
 from ..lake.codec import Layout
 from ..lake.errors import MissingData
 from ..lake.steps import summarize_steps
-from .runs import RecordingError, run_row
+from .runs import RecordingError, ReplayMismatch, run_row
 from .trace_block import MOMENTS
-from .trace_writer import ReplayMismatch
 
 _BYTES_AT_ONCE = 64 << 20
 

@@ -18,12 +18,8 @@ from ..lake import Lake, Unit
 from ..lake.axis import publish
 from ..lake.datasets import CHECKPOINT
 from ..lake.names import canonical_json
-from .runs import RecordingError
+from .runs import RecordingError, ReplayMismatch
 from .trace_block import MOMENTS, TraceBlock, block_rows, chain_hash, state_hash, stored_array
-
-
-class ReplayMismatch(RecordingError):
-    """The replayed state differs from the live one: something besides the optimizer changed weights or moments."""
 
 
 @dataclass

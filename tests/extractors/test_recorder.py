@@ -12,9 +12,8 @@ import pytest
 import torch
 from lakebed.engine.optimizer import UnsupportedOptimizer
 from lakebed.extractors import Recorder, trace_writer
-from lakebed.extractors.runs import RecordingError
+from lakebed.extractors.runs import RecordingError, ReplayMismatch
 from lakebed.extractors.states import StateReader
-from lakebed.extractors.trace_writer import ReplayMismatch
 from lakebed.lake import Lake
 from lakebed.lake.errors import InputMismatch, StorageFull
 from lakebed.lake.verify import verify
