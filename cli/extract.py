@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,11 +62,15 @@ def _dataset_option(name: str, metavar: str, about: str) -> Callable[[Any], Any]
     epilog="Examples: lakebed extract svd --lake demo.lake --run demo --steps 0:600:20    "
     "lakebed extract activations attention readouts --lake demo.lake --run demo --steps 0:600:100    "
     "lakebed extract qk_coordinates --head L1H0 --lake demo.lake --run demo --steps last    "
-    "lakebed extract --for weight-svd-trace --lake demo.lake --run demo",
+    "lakebed extract --for weight-svd-trace --for attention-geometry-trace --lake demo.lake --run demo",
 )
 @click.argument("datasets", nargs=-1, type=click.UNPROCESSED, metavar="[DATASET]...")
 @click.option(
-    "--for", "report", metavar="REPORT", help="Make whatever this report still needs, given its own options."
+    "--for",
+    "reports",
+    multiple=True,
+    metavar="REPORT",
+    help="Make whatever this report still needs, given its own options; may be given several times.",
 )
 @lake_option
 @run_option
@@ -95,7 +101,7 @@ def _dataset_option(name: str, metavar: str, about: str) -> Callable[[Any], Any]
 @executor_options
 def extract(
     datasets: tuple[str, ...],
-    report: str | None,
+    reports: tuple[str, ...],
     lake_uri: str,
     run: str,
     steps: str | None,
@@ -119,11 +125,12 @@ def extract(
     Options may be repeated: each combination is a dataset.
 
     Without --steps: the steps whose weights are stored. A second call makes nothing; an interrupted one goes on.
-    With --for, the report's own options may follow, as `lakebed query` takes them. With --workers the steps are shared out
-    among processes, or with --executor ray among the machines of a cluster; rows and bits are the same.
+    With --for, the report's own options may follow, as `lakebed query` takes them; several reports share one pass, and each
+    takes those options that it has. With --workers the steps are shared out among processes, or with --executor ray among
+    the machines of a cluster; rows and bits are the same.
     """
-    if report is not None:
-        needs = report_needs(report, run, steps, [*datasets, *_as_arguments(options)])
+    if reports:
+        needs = report_needs(reports, run, steps, [*_as_arguments(options), *datasets])
     else:
         stray = next((name for name in datasets if name.startswith("-")), None)
         if stray or not datasets:
@@ -185,13 +192,53 @@ def _as_arguments(options: Mapping[str, tuple[str, ...]]) -> list[str]:
     ]
 
 
-def report_needs(name: str, run: str, steps: str | None, arguments: Sequence[str]) -> list[Need]:
-    """What a report with these command-line options reads; raises UnknownReport and InvalidOption."""
+def report_needs(names: Sequence[str], run: str, steps: str | None, arguments: Sequence[str]) -> list[Need]:
+    """What reports with these command-line options read; raises UnknownReport, UsageError and InvalidOption."""
     from ..queries.registry import load_report
     from .query import read_report, report_options
 
-    report = load_report(name)
-    options = [option for option in report_options(report) if option.name not in ("lake", "run", "steps")]
-    parser = click.Command(f"extract --for {name}", params=options, callback=lambda **values: values)
-    values = parser.main(list(arguments), standalone_mode=False)
-    return list(read_report(report, {**values, "run": run, "steps": steps}).needs())
+    reports = {name: load_report(name) for name in names}
+    options = {
+        name: [option for option in report_options(report) if option.name not in ("lake", "run", "steps")]
+        for name, report in reports.items()
+    }
+    shares = (
+        _shared_out(options, arguments) if len(reports) > 1 else {name: list(arguments) for name in reports}
+    )
+    needs: list[Need] = []
+    for name, report in reports.items():
+        parser = click.Command(
+            f"extract --for {name}", params=options[name], callback=lambda **values: values
+        )
+        values = parser.main(shares[name], standalone_mode=False)
+        needs += read_report(report, {**values, "run": run, "steps": steps}).needs()
+    return needs
+
+
+def _shared_out(
+    options: Mapping[str, Sequence[click.Parameter]], arguments: Sequence[str]
+) -> dict[str, list[str]]:
+    """The arguments by report: each gets the options that it has. Raises NoSuchOption for one that none has.
+
+    An option is a switch in every report that has it, or in none: they are made from fields, and a test holds it.
+    """
+    shares: dict[str, list[str]] = {name: [] for name in options}
+    takers: dict[str, list[str]] = {}
+    switches: set[str] = set()
+    for name, of in options.items():
+        for option in of:
+            for flag in (*option.opts, *option.secondary_opts):
+                takers.setdefault(flag, []).append(name)
+                if isinstance(option, click.Option) and option.is_flag:
+                    switches.add(flag)
+    words = iter(arguments)
+    for word in words:
+        flag, joined, _ = word.partition("=")
+        if not flag.startswith("-"):
+            raise click.UsageError(f"with --for no dataset is named, and {word!r} follows no option")
+        if flag not in takers:
+            raise click.NoSuchOption(flag, possibilities=get_close_matches(flag, takers))
+        given = [word] if joined or flag in switches else [word, *islice(words, 1)]
+        for name in takers[flag]:
+            shares[name] += given
+    return shares
