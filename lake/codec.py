@@ -141,7 +141,8 @@ def decode(
 ) -> np.ndarray[Any, Any]:
     """The chunk's cells, into `out` if given: a contiguous array of that shape and dtype.
 
-    Raises CorruptFile naming `name` when the checksum or the size is wrong.
+    Without `out`, those of a chunk that blosc left as they are stay where they were read, read-only. Raises CorruptFile
+    naming `name` when the checksum or the size is wrong.
     """
     # A slice of bytes would be a copy, which takes almost as long as decoding.
     body = memoryview(data)[:-4]
@@ -150,6 +151,9 @@ def decode(
             f"{name} is damaged (checksum of its chunk does not match): run `lakebed verify` to list every damaged file"
         )
     if out is None:
+        size = math.prod(shape) * dtype.itemsize
+        if len(body) == _HEADER_BYTES + size and body[:_HEADER_BYTES] == _stored_header(size, dtype.itemsize):
+            return np.frombuffer(body, dtype, offset=_HEADER_BYTES).reshape(shape)
         out = np.empty(shape, dtype)
     try:
         # Blosc's own header: decoded into a buffer of another size it would fill a part of it, or overrun.

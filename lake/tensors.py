@@ -137,12 +137,14 @@ class Tensor:
             return result
         wanted = self._wanted(steps)
         rows = self._rows_of(wanted)
-        out = np.empty((len(rows), *self.layout.row_shape), self.layout.dtype)
         order = np.argsort(rows, kind="stable")
         chunks = rows[order] // self.layout.chunk_rows
         places = [self._whole_chunk(rows, order[start:stop]) for start, stop in _runs(chunks)]
-        targets = [None if place is None else out[place] for place in places]
         parts = list(_runs(chunks))
+        if len(parts) == 1 and places[0] is not None:
+            return self.read_block(int(chunks[0]))
+        out = np.empty((len(rows), *self.layout.row_shape), self.layout.dtype)
+        targets = [None if place is None else out[place] for place in places]
         jobs = [
             partial(self.read_block, int(chunks[start]), target)
             for (start, _), target in zip(parts, targets, strict=True)
