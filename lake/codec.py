@@ -133,7 +133,7 @@ def chunk_checksum(data: bytes | memoryview) -> int:
 
 
 def decode(
-    data: bytes,
+    data: bytes | np.ndarray[Any, np.dtype[np.uint8]],
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     name: str,
@@ -141,23 +141,28 @@ def decode(
 ) -> np.ndarray[Any, Any]:
     """The chunk's cells, into `out` if given: a contiguous array of that shape and dtype.
 
-    Without `out`, those of a chunk that blosc left as they are stay where they were read, read-only. Raises CorruptFile
+    Without `out`, those of a chunk that blosc left as they are stay in `data` if that may be written. Raises CorruptFile
     naming `name` when the checksum or the size is wrong.
     """
     # A slice of bytes would be a copy, which takes almost as long as decoding.
-    body = memoryview(data)[:-4]
-    if len(data) < 20 or google_crc32c.value(data) != WHOLE:
+    memory = np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
+    body = memory[:-4]
+    if len(memory) < 20 or google_crc32c.value(memory) != WHOLE:
         raise CorruptFile(
             f"{name} is damaged (checksum of its chunk does not match): run `lakebed verify` to list every damaged file"
         )
     if out is None:
         size = math.prod(shape) * dtype.itemsize
-        if len(body) == _HEADER_BYTES + size and body[:_HEADER_BYTES] == _stored_header(size, dtype.itemsize):
-            return np.frombuffer(body, dtype, offset=_HEADER_BYTES).reshape(shape)
+        if (
+            memory.flags.writeable
+            and len(body) == _HEADER_BYTES + size
+            and body[:_HEADER_BYTES].tobytes() == _stored_header(size, dtype.itemsize)
+        ):
+            return body[_HEADER_BYTES:].view(dtype).reshape(shape)
         out = np.empty(shape, dtype)
     try:
         # Blosc's own header: decoded into a buffer of another size it would fill a part of it, or overrun.
-        if struct.unpack_from("<I", body, 4)[0] != out.nbytes:
+        if struct.unpack_from("<I", body.data, 4)[0] != out.nbytes:
             raise ValueError("it holds another number of bytes than its shape asks for")
         _BLOSC.decode(body, out.reshape(-1))
     except (RuntimeError, ValueError) as error:

@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import google_crc32c
+import numpy as np
 
 from .errors import LakebedError, LakeNotFound, StorageFull, StorageRefused
 from .object_store import CONNECTIONS, ObjectStore, Stat, open_store
@@ -78,6 +79,14 @@ class Storage:
             with open(f"{self.root}/{key}", "rb") as file:
                 return file.read()
         return self.objects.read(key)
+
+    def read_chunk(self, key: str) -> bytes | np.ndarray[Any, np.dtype[np.uint8]]:
+        """All bytes of `key`; of a folder's, in memory that may be written, so that an array can be made of it."""
+        if not self.local:
+            return self.objects.read(key)
+        with open(f"{self.root}/{key}", "rb", buffering=0) as file:
+            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            return data[: file.readinto(data.data)]
 
     def checksum(self, key: str, about: int) -> tuple[int, int, bytes]:
         """Length, CRC-32C and last four bytes of `key`, which should have `about` bytes, read in pieces."""

@@ -223,7 +223,7 @@ class Tensor:
         path = f"{self._folder}/{key}"
         self._lake.count_chunk()
         try:
-            data = self._lake.storage.read(path)
+            data = self._lake.storage.read_chunk(path)
         except FileNotFoundError as error:
             raise CorruptFile(
                 f"{path} is missing: run `lakebed verify` to list every damaged file"
