@@ -81,6 +81,8 @@ def make_executor(
         raise click.UsageError("--ray-address and --worker-… are options of --executor ray")
     if workers is None:
         return None
-    from ..extractors.executor import LocalProcesses
+    from ..extractors.executor import LocalProcesses, prepare_processes
 
+    # Now, so that they import what they need while this process does.
+    prepare_processes()
     return LocalProcesses(workers, threads or 1, logs)

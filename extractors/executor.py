@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import io
 import multiprocessing
+import os
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -169,14 +171,31 @@ class LocalProcesses:
             pool.end()
 
 
+def prepare_processes() -> SpawnContext | ForkServerContext:
+    """Begins to import what workers need, where systems can fork, and returns at once.
+
+    A fork of this process might hang, since torch has threads in it; workers are forks of one that has imported torch and
+    does nothing else, so that they begin at once and share its memory. Elsewhere each imports for itself.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lakebed.extractors.plan"])
+    forkserver.ensure_running()
+    return context
+
+
 class _Worker:
     """A process and the pipe to it; `index` is that of the unit in hand."""
 
     def __init__(self, threads: int) -> None:
-        # Fresh: a fork of a process in which torch has threads may hang.
-        context = multiprocessing.get_context("spawn")
+        context = prepare_processes()
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+        self.process: BaseProcess = context.Process(
+            target=_serve, args=(theirs, threads, dict(os.environ)), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.index: int | None = None
@@ -273,10 +292,13 @@ class _Pool:
             worker.end()
 
 
-def _serve(pipe: Connection, threads: int) -> None:
+def _serve(pipe: Connection, threads: int, environment: Mapping[str, str]) -> None:
     """A worker's life: one unit after another, until the parent goes. The parent decides what an interrupt means."""
     import signal
 
+    # That of the process it is a fork of may be older.
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_threads(threads)
     while True:
