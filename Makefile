@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start hundreds of commands, which would each compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test bench lint clean install
 
