@@ -30,7 +30,7 @@ def _report(server: s3_server.Server, uri: str, out: Path) -> tuple[Counter[str]
     words = ["weight-svd-trace", "--lake", uri, "--matrix", "W_QK", "--out", str(out), "--overwrite"]
     words += ["--chart-format", "none", "--rows-format", "jsonl"]
     started = time.perf_counter()
-    with server.counted() as asked:
+    with server.counted(uri) as asked:
         subprocess.run([sys.executable, "-c", _QUERY, *words], check=True, capture_output=True)
     rows = (out / "weight_svd_singular_values.jsonl").read_bytes()
     return Counter(kind for kind, _ in asked), time.perf_counter() - started, rows
@@ -45,10 +45,10 @@ def run() -> dict[str, float | str]:
     ):
         server.make_bucket("bench")
         uri = "s3://bench/x.lake"
-        with server.counted() as written:
+        with server.counted(uri) as written:
             build(uri)
         before, seconds_before, rows = _report(server, uri, Path(folder))
-        with Lake.open(uri) as lake, server.counted() as compacting:
+        with Lake.open(uri) as lake, server.counted(uri) as compacting:
             assert all(done.committed for done in compact(lake, plan_compaction(lake)))
         with Lake.open(uri) as lake:
             collect(lake, plan_collection(lake, -60))

@@ -66,7 +66,7 @@ def test_every_command_does_in_a_bucket_what_it_does_on_a_disk(run_cli, places, 
         ran(run_cli, *command, "--lake", places[1])
 
     # Nothing is made twice.
-    with s3.counted() as asked:
+    with s3.counted(places[1]) as asked:
         ran(run_cli, *MAKE[1], "--lake", places[1])
     assert "PUT" not in {kind for kind, _ in asked}
 

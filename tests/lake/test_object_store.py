@@ -82,7 +82,7 @@ def test_compaction_and_garbage(remote, write_unit, s3) -> None:
         garbage = plan_collection(again, older_than=-60)
         assert {of.kind for of in garbage} == {"superseded"}
         assert len(garbage) == 24
-        with s3.counted() as asked:
+        with s3.counted(remote.uri) as asked:
             assert plan_collection(again, older_than=3600) == []
         assert len([1 for kind, _ in asked if kind in ("HEAD", "DELETE")]) <= 1
         collect(again, garbage)
@@ -275,15 +275,15 @@ def test_a_query_asks_for_the_files_and_row_groups_it_needs(remote, s3) -> None:
     (long,) = remote.table_files("training_steps", "ref")
     with Lake.open(remote.uri) as lake:
         lake.refresh()
-        with s3.counted() as asked:
+        with s3.counted(remote.uri) as asked:
             assert lake.sql("SELECT count(*) FROM training_steps WHERE run = 'other'").fetchall() == [(10,)]
         assert not [path for kind, path in asked if kind == "GET" and long.path in path.replace("%3D", "=")]
-        with s3.counted() as asked:
+        with s3.counted(remote.uri) as asked:
             lake.sql("SELECT min(step), max(step), count(*) FROM training_steps WHERE step < 1000").fetchall()
         assert len([kind for kind, _ in asked if kind == "GET"]) <= 3
         fetched = sum(len(data) for data in lake.session.files._kept.values())
         assert fetched < long.bytes / 2, (fetched, long.bytes)
-        with s3.counted() as asked:
+        with s3.counted(remote.uri) as asked:
             lake.sql("SELECT min(step), max(step), count(*) FROM training_steps WHERE step < 1000").fetchall()
         assert {kind for kind, _ in asked} == {"LIST"}
     assert "HEAD" not in {kind for kind, _ in asked}
@@ -294,13 +294,13 @@ def test_a_chunk_is_one_request(remote, write_unit, s3) -> None:
         write_unit(remote, range(first, first + 8), WEIGHTS)
     with Lake.open(remote.uri) as lake:
         lake.refresh()
-        with s3.counted() as asked:
+        with s3.counted(remote.uri) as asked:
             rows = lake.sql(
                 "SELECT sum(list_sum(values)) FROM gradients WHERE parameter = 'a/b.w' AND step IN (3, 60)"
             )
             assert rows.fetchall() == [(float(WEIGHTS["a/b.w"][[3, 4]].sum()),)]
         assert [kind for kind, _ in asked].count("GET") == 3  # zarr.json and two chunks
-        with s3.counted() as asked:
+        with s3.counted(remote.uri) as asked:
             lake.tensor("gradients", "a/b.w").read()
         chunks = [path for kind, path in asked if kind == "GET"]
         assert len(set(chunks)) == 8
@@ -314,7 +314,7 @@ def test_compaction_spares_requests(remote, write_unit, s3, units) -> None:
             writer.rows("training_steps", [{"step": step, "loss": step / 3}])
     query, counts, rows = "SELECT sum(loss) FROM training_steps", [], []
     for _ in range(2):
-        with Lake.open(remote.uri) as lake, s3.counted() as asked:
+        with Lake.open(remote.uri) as lake, s3.counted(remote.uri) as asked:
             rows += lake.sql(query).fetchall()
         counts.append(len(asked))
         list(compact(remote, plan_compaction(remote)))
