@@ -16,25 +16,34 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
-from numcodecs.blosc import SHUFFLE, Blosc
 
 from .errors import CorruptFile
 from .storage import PAGE
 
-_BITSHUFFLE = 2
-assert _BITSHUFFLE != SHUFFLE
-# On recorded gradients, weights and moments as small as zstd, and two to three times faster both ways.
-_BLOSC = Blosc(cname="lz4", clevel=5, shuffle=_BITSHUFFLE)
-_STORED = Blosc(cname="lz4", clevel=0, shuffle=_BITSHUFFLE)
+if TYPE_CHECKING:
+    from numcodecs.blosc import Blosc
+
 _HEADER_BYTES = 16
 # The CRC-32C of any bytes followed by their own CRC-32C.
 WHOLE = 0x48674BC7
 # A chunk near this size costs little to open and little to overread.
 _CHUNK_BYTES = 4 << 20
+
+
+@cache
+def _blosc(level: int) -> Blosc:
+    """lz4 of shuffled bits; level 0 leaves the bytes as they are.
+
+    On recorded gradients, weights and moments as small as zstd, and two to three times faster both ways.
+    """
+    # Here, since it imports every codec there is: a tenth of what a report of tables alone imports.
+    from numcodecs.blosc import BITSHUFFLE, Blosc
+
+    return Blosc(cname="lz4", clevel=level, shuffle=BITSHUFFLE)
 
 
 @dataclass(frozen=True)
@@ -91,14 +100,14 @@ def encode(array: np.ndarray[Any, Any], compress: bool = True) -> bytes:
     Without `compress` the same container holds the bytes as they are, which any reader of the chain takes.
     """
     contiguous = np.ascontiguousarray(array)
-    data = bytes((_BLOSC if compress else _STORED).encode(contiguous.reshape(-1)))
+    data = bytes(_blosc(5 if compress else 0).encode(contiguous.reshape(-1)))
     return data + struct.pack("<I", google_crc32c.value(data))
 
 
 @cache
 def _stored_header(size: int, itemsize: int) -> bytes:
     """What blosc puts before that many bytes that it leaves as they are."""
-    return bytes(_STORED.encode(np.zeros(size // itemsize, f"V{itemsize}")))[:_HEADER_BYTES]
+    return bytes(_blosc(0).encode(np.zeros(size // itemsize, f"V{itemsize}")))[:_HEADER_BYTES]
 
 
 class _Scratch(threading.local):
@@ -164,7 +173,7 @@ def decode(
         # Blosc's own header: decoded into a buffer of another size it would fill a part of it, or overrun.
         if struct.unpack_from("<I", body.data, 4)[0] != out.nbytes:
             raise ValueError("it holds another number of bytes than its shape asks for")
-        _BLOSC.decode(body, out.reshape(-1))
+        _blosc(5).decode(body, out.reshape(-1))
     except (RuntimeError, ValueError) as error:
         raise CorruptFile(f"{name} cannot be decoded ({error}): run `lakebed verify`") from error
     return out

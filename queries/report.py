@@ -63,7 +63,7 @@ class Report(BaseModel):
     A report is a module NAME.py that defines one subclass, and NAME.sql beside it; see `queries/sections.py`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     row_files: ClassVar[Mapping[str, RowFile]] = {}
     tables: ClassVar[Sequence[TextTable]] = ()
