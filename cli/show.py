@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from ..lake import Lake
 
 _EVERYTHING = "*"
+# Parameters that tell sets apart best come first, the others by name.
+_FIRST = ("scalar", "head", "probe")
 
 
 @click.command(
@@ -148,12 +151,7 @@ def contents_text(found: dict[str, Any]) -> str:
         lines.append("  no runs yet: `lakebed demo`, `lakebed train` and `lakebed import` make one")
     for run in found["runs"]:
         lines += ["", _headline(run)]
-        width = max((len(_label(entry)) for entry in run["datasets"]), default=0)
-        for entry in run["datasets"]:
-            steps = "" if entry["steps"] == "none" else f"steps {entry['steps']}  "
-            lines.append(
-                f"  {_label(entry):{width}}  {steps}{size_text(entry['bytes'])}, {entry['rows']:,} rows"
-            )
+        lines += _dataset_lines(run["datasets"])
     return "\n".join(lines) + "\n"
 
 
@@ -171,9 +169,57 @@ def _headline(run: dict[str, Any]) -> str:
     return f"run {run['run']}: {', '.join(parts)}"
 
 
-def _label(entry: dict[str, Any]) -> str:
-    chosen = ", ".join(f"{name}={value}" for name, value in entry["parameters"].items())
-    return f"{entry['dataset']}({chosen})" if chosen else str(entry["dataset"])
+def _dataset_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """A line per dataset, with its parameters; below it one for each of several sets of them, with what they differ in."""
+    cells: list[tuple[str, dict[str, Any], str]] = []
+    for dataset, group in groupby(entries, key=lambda entry: entry["dataset"]):
+        sets = [(entry, _flat(entry["parameters"])) for entry in group]
+        common = {
+            name: value for name, value in sets[0][1].items() if all(of.get(name) == value for _, of in sets)
+        }
+        if len(sets) == 1:
+            cells.append((dataset, sets[0][0], _chosen(common)))
+            continue
+        totals = {name: sum(entry[name] for entry, _ in sets) for name in ("bytes", "rows")}
+        alike = f", alike in {_chosen(common)}" if common else ""
+        cells.append((dataset, {**totals, "steps": "none"}, f"{len(sets)} sets{alike}"))
+        own = [
+            (_chosen({name: value for name, value in of.items() if name not in common}), entry)
+            for entry, of in sets
+        ]
+        cells += [(f"  {dataset}", entry, chosen) for chosen, entry in sorted(own, key=lambda pair: pair[0])]
+    width = max((len(name) for name, _, _ in cells), default=0)
+    return [
+        f"  {name:{width}}  {size_text(entry['bytes']):>8}  {entry['rows']:>11,} rows"
+        f"  {'  '.join(filter(None, (_steps(entry['steps']), parameters)))}".rstrip()
+        for name, entry, parameters in cells
+    ]
+
+
+def _steps(steps: str) -> str:
+    return "" if steps == "none" else f"steps {steps}"
+
+
+def _flat(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with those of a scalar among the others."""
+    found: dict[str, Any] = {}
+    for name, value in parameters.items():
+        found.update(_flat(value) if isinstance(value, dict) else {name: value})
+    return found
+
+
+def _chosen(parameters: dict[str, Any]) -> str:
+    """`name=value` of each, a list's values with commas; what is empty chooses nothing, and is left out."""
+    ordered = sorted(parameters.items(), key=lambda of: (*(of[0] != name for name in _FIRST), of[0]))
+    return " ".join(f"{name}={_value(value)}" for name, value in ordered if value not in (None, [], {}))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_value, value))
+    if isinstance(value, dict):
+        return f"({_chosen(_flat(value))})"
+    return str(value)
 
 
 def size_text(count: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from lakebed.cli.show import size_text
+from lakebed.cli.show import _dataset_lines, size_text
 from lakebed.lake import Lake
 from lakebed.lake.macros import MACROS
 from lakebed.lake.schema import QUANTITIES, TABLES, VIEWS
@@ -17,9 +17,27 @@ def test_what_is_in_the_lake(run_cli, lake_path) -> None:
     lines = answer.out.splitlines()
     assert lines[0].startswith(f"{lake_path}  (format 1, id ")
     assert lines[2].startswith("run ref: source train, seed 7, store exact, 9 parameters in 2 tensors, ")
-    assert lines[3].split()[:3] == ["probe(rank=1)", "steps", "2"]
-    assert lines[4].split()[0] == "probe(rank=2)"
-    assert lines[5].split()[:3] == ["trace", "steps", "1:4"]
+    assert lines[3].split()[-2:] == ["2", "sets"]
+    assert lines[4].split()[-3:] == ["steps", "2", "rank=1"]
+    assert lines[5].split()[-3:] == ["steps", "2", "rank=2"]
+    assert lines[6].split()[0] == "trace"
+    assert lines[6].split()[-2:] == ["steps", "1:4"]
+
+
+def test_sets_of_a_dataset_say_what_they_differ_in() -> None:
+    scalar = {"scalar": "answer_margin", "parameters": {"head": "L1H1", "rank": None}}
+    entries = [
+        {"dataset": "attributions", "parameters": parameters, "steps": "0:4", "bytes": 1500, "rows": 2}
+        for parameters in (
+            {"split": [], "pair_type": ["a", "b"], "probe": "probe", **scalar},
+            {"split": [], "pair_type": ["a"], "probe": "probe", **scalar},
+        )
+    ]
+    whole, first, second = (" ".join(line.split()) for line in _dataset_lines(entries))
+    assert whole == ("attributions 3.0 kB 4 rows 2 sets, alike in scalar=answer_margin head=L1H1 probe=probe")
+    assert first == "attributions 1.5 kB 2 rows steps 0:4 pair_type=a"
+    assert second == "attributions 1.5 kB 2 rows steps 0:4 pair_type=a,b"
+    assert [line.split()[-1] for line in _dataset_lines(entries[:1])] == ["pair_type=a,b"]
 
 
 def test_the_same_as_json(run_cli, lake_path) -> None:
