@@ -11,6 +11,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -300,6 +301,8 @@ def _serve(pipe: Connection, threads: int, environment: Mapping[str, str]) -> No
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ended in mid-unit it still gives back the system's semaphores that libraries hold, of which users would be warned.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     set_threads(threads)
     while True:
         try:

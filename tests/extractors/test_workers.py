@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from lakebed.extractors.pieces import NotShared, cut
 from lakebed.extractors.plan import extract
 from lakebed.lake import Lake
 from lakebed.lake.datasets import QK_COORDINATES, SCALAR_CHANGES, SVD, WEIGHTS, Need
+from lakebed.lake.verify import verify
 
 from tests.attribution_lake import RUN, STAGE
 from tests.same_lake import assert_same
@@ -107,3 +113,37 @@ def test_pieces_cover_all_steps_evenly_and_begin_at_anchors(steps, every, pieces
         at = steps.index(piece[0])
         near = [steps.index(step) for step in begins if abs(steps.index(step) - at) < size / 2 - 1]
         assert piece[0] in begins or not near
+
+
+def test_an_interrupt_is_one_line_and_keeps_what_was_finished(attribution_lake_path, tmp_path) -> None:
+    """As Ctrl-C sends it: to the command and its workers alike, in the middle of their work."""
+    path = copy_of(attribution_lake_path, tmp_path)
+    words = [
+        "extract",
+        "svd",
+        "weights",
+        "--lake",
+        str(path),
+        "--run",
+        RUN,
+        "--steps",
+        STEPS,
+        "--workers",
+        "2",
+    ]
+    command = [sys.executable, "-c", "from lakebed.cli import main; main()", *words]
+    before = len(list(path.rglob("*.parquet")))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as driver:
+        deadline = time.monotonic() + 60
+        while len(list(path.rglob("*.parquet"))) == before:
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(driver.pid, signal.SIGINT)
+        told = driver.communicate(timeout=30)[1]
+    assert driver.returncode == 130
+    assert [line for line in told.splitlines() if line] == [
+        "lakebed: interrupted: what was finished is kept; run the same command again to go on"
+    ]
+    with Lake.open(path) as lake:
+        assert verify(lake).ok
