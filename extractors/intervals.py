@@ -4,7 +4,7 @@ interval and the source of the next."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -26,6 +26,7 @@ from .probe_batches import ProbeData
 from .progress import Progress
 from .scalar_changes import Change, ScalarChangesExtractor
 from .states import State
+from .threads import thread_pool
 
 Ends = tuple[int, int]
 Commit = Callable[[IntervalExtractor, Ends, Callable[[UnitWriter], None]], None]
@@ -199,9 +200,9 @@ class _OneAhead:
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "lakebed-attributions")
-        self._running: Future[None] | None = None
         self._threads = torch.get_num_threads()
+        self._pool = thread_pool(1, "lakebed-attributions", 1)
+        self._running: Future[None] | None = None
 
     def do(self, job: Callable[[], None]) -> None:
         """Starts a job when the one before is done; raises what went wrong there."""
@@ -214,7 +215,6 @@ class _OneAhead:
             running.result()
 
     def __enter__(self) -> _OneAhead:
-        self._pool.submit(torch.set_num_threads, 1).result()
         torch.set_num_threads(max(1, self._threads - 1))
         return self
 
