@@ -40,20 +40,20 @@ def run_report(
     report_file, markdown_file = f"{stem}_report.json", f"{stem}_report.md"
     with (
         OutputFolder(out, report_file, overwrite) as folder,
-        Results(lake, report, rows := _RowFiles(folder.path, rows_format)) as results,
+        Results(lake, report, row_files := _RowFiles(folder.path, rows_format)) as results,
     ):
         report.check(results)
-        rows.start(results)
+        row_files.start(results)
         plots = _draw(results, folder.path, chart_formats)
         nonfinite = {name: count_nonfinite(results, name) for name in results.row_sets()}
         warnings = _warnings(results, nonfinite)
         findings = report.findings(results)
         tables = [(each, results.rows(f"FROM {each.view}")) for each in report.tables]
         text = markdown.render(
-            results, findings, warnings, tables, _images(report, plots), _listing(results, rows)
+            results, findings, warnings, tables, _images(report, plots), _listing(results, row_files)
         )
         (folder.path / markdown_file).write_text(text, encoding="utf-8")
-        written = {report_file, markdown_file, *rows.files.values(), *plots.values()}
+        written = {report_file, markdown_file, *row_files.files.values(), *plots.values()}
         content = {
             "report": report.report_name(),
             "version": __version__,
@@ -63,7 +63,7 @@ def run_report(
             "options": report.model_dump(exclude={"run", "steps"}),
             "findings": findings,
             "warnings": warnings,
-            "row_counts": rows.counts,
+            "row_counts": row_files.counts,
             "nonfinite_values": nonfinite,
             "files": sorted(written),
             **{each.view: rows for each, rows in tables},
@@ -79,7 +79,7 @@ def run_report(
     return {
         "report": at(report_file),
         "markdown": at(markdown_file),
-        **{key: at(name) for key, name in rows.files.items()},
+        **{key: at(name) for key, name in row_files.files.items()},
         **report.outputs(lake.uri, results.run),
         "plots": {name: at(file) for name, file in plots.items()},
     }
@@ -162,13 +162,13 @@ def _images(report: Report, plots: dict[str, str]) -> dict[str, str]:
     return chosen
 
 
-def _listing(results: Results, rows: _RowFiles) -> dict[str, tuple[str, int]]:
+def _listing(results: Results, row_files: _RowFiles) -> dict[str, tuple[str, int]]:
     listed: dict[str, tuple[str, int]] = {}
     for section in results.row_sets():
         file = _row_file(results.report, section).file
-        names = {name for name in rows.files.values() if name.rsplit(".", 1)[0] == file}
+        names = {name for name in row_files.files.values() if name.rsplit(".", 1)[0] == file}
         suffixes = ", ".join(name.rsplit(".", 1)[1] for name in sorted(names))
-        listed[file] = (suffixes, rows.counts[section])
+        listed[file] = (suffixes, row_files.counts[section])
     return listed
 
 
