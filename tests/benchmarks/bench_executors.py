@@ -4,9 +4,10 @@ One process that may use every core writes on a second one while it computes; th
 which is what a worker has for itself where there are as many workers as cores.
 
 A scan is what `extract` does for one seed's run: every stage, head and ablation over its probe, at every checkpoint; the four
-are of copies of one run, since training others would take longer than the rest and change nothing here. Local processes
-are started anew each time, and that is counted; Ray is started once, as a cluster is there already, and said apart. Processor
-seconds are those of the scans alone: on a machine that has other work they say what wall time cannot.
+are of copies of one run, since training others would take longer than the rest and change nothing here. Local processes are
+forks of one that has imported torch, which is started with the first of them, and that is counted; Ray is started once, as a
+cluster is there already, and said apart. Processor seconds are those of the scans alone: on a machine that has other work they
+say what wall time cannot.
 """
 
 from __future__ import annotations
